@@ -1,0 +1,476 @@
+"""Decoded data sets, their splits, and loaders whose every batch is a function of (seed, epoch)."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from diffusion.assets import cache_dir
+from diffusion.errors import AntherError
+from diffusion.files import atomic
+from diffusion.images import from_uint8
+from diffusion.rng import generator
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from datamodules.augment import Augment
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """A decoded data set: row i is image i for ever.
+
+    Attributes:
+        images: uint8 (N, C, H, W), read-only; a memory map of the cache where there is one.
+        labels: int64 (N,), positions in `class_names`.
+        class_names: one per class, in the order of the labels.
+        names: one unique id per row: the relative path, or `train/00017`.
+        captions: one per row.
+        digest: sha256 over content and decoding parameters, the key of every cache built on the table.
+        files: one path per row where rows are decoded files, else empty.
+    """
+
+    images: Array
+    labels: Tensor
+    class_names: tuple[str, ...]
+    names: tuple[str, ...]
+    captions: tuple[str, ...]
+    digest: str
+    files: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        counts = {len(self.images), len(self.labels), len(self.names), len(self.captions)}
+        counts |= {len(self.files)} if self.files else set()
+        if len(counts) != 1 or self.images.dtype != np.uint8 or self.images.ndim != 4:
+            raise ValueError(f"a table needs uint8 (N, C, H, W) and N of everything: {self.images.shape}, {counts}")
+        if len(set(self.names)) != len(self.names):
+            raise ValueError("the names of a table's rows must be unique")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def original(self, i: int) -> "Image.Image":
+        """Image i before resizing and cropping, in RGB; for rows that never were files, the row itself."""
+        from PIL import Image
+
+        if self.files:
+            return open_rgb(self.files[i])
+        pixels = np.asarray(self.images[i]).transpose(1, 2, 0)
+        return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
+
+
+def open_rgb(path: Path) -> "Image.Image":
+    """Decodes a file to RGB, upright by its EXIF orientation.
+
+    Raises:
+        OSError, ValueError, SyntaxError: what Pillow raises for files that are not whole images.
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def content_digest(parts: Sequence[object], arrays: Sequence[bytes | Array] = ()) -> str:
+    """sha256 over parameters (by their JSON) and raw content; equal inputs give equal digests on any machine."""
+    digest = hashlib.sha256(json.dumps(list(parts), sort_keys=True, default=str).encode())
+    for array in arrays:
+        digest.update(array if isinstance(array, bytes) else np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def cached_images(
+    digest: str, count: int, shape: tuple[int, int, int], decode: Callable[[int], Array | None], label: str
+) -> tuple[Array, list[int]]:
+    """The pixels of a table: from the cache, or decoded once by threads, with a progress bar, and stored there.
+
+    Args:
+        digest: the key; must change with the content and with every decoding parameter.
+        count: number of candidate rows.
+        shape: (C, H, W) of a row.
+        decode: row number -> uint8 (C, H, W), or None to leave the row out.
+        label: what the progress bar says.
+
+    Returns:
+        uint8 (n, C, H, W), memory-mapped and read-only, and the n row numbers that were kept, ascending.
+    """
+    path = cache_dir() / "tables" / f"{digest}.npy"
+    rows_path = path.with_suffix(".json")
+    if (found := _load(path, rows_path, count, shape)) is not None:
+        return found
+    with atomic(path) as temporary:
+        images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(count, *shape))
+        kept: list[int] = []
+        for row, pixels in _decoded(count, decode, label):
+            if pixels is not None:
+                images[len(kept)] = pixels
+                kept.append(row)
+        images.flush()
+        if len(kept) < count:
+            whole = np.array(images[: len(kept)])
+            del images
+            with temporary.open("wb") as file:
+                np.save(file, whole)
+        # The rows come first: an array without them is not loaded.
+        with atomic(rows_path) as temporary_rows:
+            temporary_rows.write_text(json.dumps({"count": count, "rows": kept}))
+    found = _load(path, rows_path, count, shape)
+    if found is None:
+        raise AntherError(f"the table just written to {path} cannot be read back; check the disk of that folder.")
+    return found
+
+
+def _decoded(count: int, decode: Callable[[int], Array | None], label: str) -> Iterator[tuple[int, Array | None]]:
+    from rich.progress import track
+
+    chunk = 256  # Bounds what waits decoded in memory.
+    with ThreadPoolExecutor() as pool:
+        for start in track(range(0, count, chunk), description=label, transient=True, disable=count < 2 * chunk):
+            rows = range(start, min(start + chunk, count))
+            yield from zip(rows, pool.map(decode, rows), strict=True)
+
+
+def _load(path: Path, rows_path: Path, count: int, shape: tuple[int, int, int]) -> tuple[Array, list[int]] | None:
+    try:
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+        record = json.loads(rows_path.read_text())
+        rows = record["rows"]
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+    fits = images.dtype == np.uint8 and images.shape == (len(rows), *shape) and record["count"] == count
+    return (images, rows) if fits else None
+
+
+class EpochSampler(Sampler[int]):
+    """Positions of one rank in one epoch; a pure function of (seed, epoch, rank, world).
+
+    Yields `epoch * n + position`, so that the epoch travels with each position into worker processes.
+
+    Args:
+        n: number of images.
+        seed: of the order; None keeps the order as it is and forgets the epoch.
+        rank: of this process; it takes `order[rank::world]`.
+        world: number of processes. While shuffling, each gets equally many, so up to world - 1 images sit an epoch
+            out; without shuffling none is left out and none repeated.
+    """
+
+    def __init__(self, n: int, seed: int | None, rank: int = 0, world: int = 1) -> None:
+        self.n, self.seed, self.rank, self.world, self.epoch = n, seed, rank, world, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before each epoch."""
+        self.epoch = epoch
+
+    def _share(self) -> range:
+        return range(self.rank, self.n if self.seed is None else self.n - self.n % self.world, self.world)
+
+    def __len__(self) -> int:
+        return len(self._share())
+
+    def __iter__(self) -> Iterator[int]:
+        if self.seed is None:
+            yield from self._share()
+            return
+        order = torch.randperm(self.n, generator=generator(self.seed, self.epoch))
+        yield from (self.epoch * self.n + order[list(self._share())]).tolist()
+
+
+class TableView(Dataset[dict[str, Tensor]]):
+    """Some rows of a table as training batches; a batch is one gather.
+
+    Args:
+        table: the data set.
+        rows: rows of the table, one per position.
+        size: height and width of the images; a larger table is cropped, at the centre without augmentation.
+        augment: drawn anew for each (seed, epoch, row), the same in any batch, order and number of workers.
+        seed: of the augmentation.
+    """
+
+    def __init__(
+        self, table: ImageTable, rows: Array, size: int, augment: "Augment | None" = None, seed: int = 0
+    ) -> None:
+        self.table, self.rows, self.size, self.augment, self.seed = table, rows, size, augment, seed
+        self._pixels = np.asarray(table.images)
+        self._drawn: tuple[int, Array] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: int) -> dict[str, Tensor]:
+        return {name: value[0] for name, value in self.__getitems__([key]).items()}
+
+    def __getitems__(self, keys: Sequence[int]) -> dict[str, Tensor]:
+        """A batch for keys `epoch * len(self) + position`; all keys of a batch are of one epoch."""
+        epoch = keys[0] // len(self.rows)
+        rows = self.rows[np.asarray(keys) % len(self.rows)]
+        pixels = torch.from_numpy(self._pixels[rows])
+        index = torch.from_numpy(rows)
+        batch = {"index": index, "label": self.table.labels[index]}
+        if self.augment is None:
+            return batch | {"image": from_uint8(centre_crop(pixels, self.size))}
+        image, labels = self.augment(pixels, torch.from_numpy(self._uniforms(epoch)[rows]), self.size)
+        return batch | {"image": image} | ({} if labels is None else {"augment": labels})
+
+    def _uniforms(self, epoch: int) -> Array:
+        # One table of draws per epoch, indexed by row: no order, batch or worker can change what a row gets.
+        if self._drawn is None or self._drawn[0] != epoch:
+            assert self.augment is not None
+            source = np.random.default_rng([self.seed, epoch, 1])
+            self._drawn = (epoch, source.random((len(self.table), self.augment.draws)))
+        return self._drawn[1]
+
+
+def centre_crop(pixels: Tensor, size: int) -> Tensor:
+    """The central (size, size) of (..., H, W)."""
+    top, left = (pixels.shape[-2] - size) // 2, (pixels.shape[-1] - size) // 2
+    return pixels[..., top : top + size, left : left + size]
+
+
+class EpochLoader(DataLoader[dict[str, Tensor]]):
+    """A loader that goes on in the middle of an epoch.
+
+    Lightning stores `state_dict` in each checkpoint, so a resumed run sees the batches that were left, not the first
+    ones again.
+    """
+
+    _yielded = 0
+    _resume: tuple[int, int] = (-1, 0)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
+        # A generator on purpose: nothing is read before the first batch is asked for, and by then Lightning has set
+        # the epoch, also in a resumed run, where it makes the iterator first.
+        epoch, batches = self._resume
+        skip = batches if getattr(self.sampler, "epoch", 0) == epoch else 0
+        self._resume = (-1, 0)
+        self._yielded = 0
+        for batch in super().__iter__():
+            self._yielded += 1
+            if self._yielded > skip:
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches were handed out."""
+        return {"epoch": getattr(self.sampler, "epoch", 0), "batches": self._yielded}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """The next iteration leaves out what `state` says was handed out, if it is of the same epoch."""
+        self._resume = (state["epoch"], state["batches"])
+
+
+def as_is(batch: Any) -> Any:
+    """Batches leave the data set collated."""
+    return batch
+
+
+def random_split(n: int, fractions: Mapping[str, float], seed: int) -> dict[str, Array]:
+    """Disjoint sorted row numbers by name; together they are all n rows.
+
+    Args:
+        n: number of rows.
+        fractions: of the rows, adding up to 1; each part but the last is rounded down.
+        seed: of the permutation.
+
+    Raises:
+        AntherError: the fractions do not add up to 1, or a part would be empty.
+    """
+    if abs(sum(fractions.values()) - 1) > 1e-6 or min(fractions.values()) <= 0:
+        raise AntherError(f"data.split={dict(fractions)} must be positive fractions that add up to 1.")
+    order = np.random.default_rng(seed).permutation(n)
+    ends = [int(n * share + 1e-9) for share in np.cumsum(list(fractions.values()))[:-1]]
+    parts = np.split(order, ends)
+    splits = {name: np.sort(part).astype(np.int64) for name, part in zip(fractions, parts, strict=True)}
+    if empty := [name for name, part in splits.items() if len(part) == 0]:
+        raise AntherError(
+            f"{n} images are too few for data.split={dict(fractions)}: {', '.join(empty)} is empty; give more images "
+            "or other fractions."
+        )
+    return splits
+
+
+class ImageDataModule(LightningDataModule, ABC):
+    """A data set decoded once, split by name, and loaded reproducibly.
+
+    A batch is a dict: `image` float32 (B, C, H, W) in [-1, 1], `index` int64 (B,) rows of the table, `label` int64
+    (B,), and `augment` float32 (B, A) with the parameters of the augmentation where it reports them. Training order is
+    a function of (seed, epoch), augmentation of (seed, epoch, row); validation and test are in order and never
+    augmented. The trainer must run with `use_distributed_sampler=False`: the loaders know their rank.
+
+    Args:
+        name: what `describe` and the split record call the data set.
+        image_shape: (C, H, W) of a batch's images; H = W.
+        batch_size: images per process and step.
+        seed: of order and augmentation.
+        val_batch_size: by default `batch_size`.
+        drop_last: leave out the last, smaller training batch of an epoch.
+        num_workers: loader processes; 0 is fast enough for tables that fit in memory.
+        augment: for training images.
+        split: fractions by name; needs "train" and "val".
+        split_seed: of the split alone, so that runs of several seeds share their validation images.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        image_shape: tuple[int, int, int],
+        batch_size: int,
+        seed: int,
+        val_batch_size: int | None = None,
+        drop_last: bool = True,
+        num_workers: int = 0,
+        augment: "Augment | None" = None,
+        split: Mapping[str, float] | None = None,
+        split_seed: int = 42,
+    ) -> None:
+        super().__init__()
+        val_batch_size = batch_size if val_batch_size is None else val_batch_size
+        if batch_size < 1 or val_batch_size < 1 or image_shape[1] < 1:
+            raise AntherError(
+                f"data.batch_size={batch_size}, data.val_batch_size={val_batch_size} and data.size={image_shape[1]} "
+                "must be at least 1."
+            )
+        self.name = name
+        self.image_shape = image_shape
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size
+        self.seed, self.split_seed = seed, split_seed
+        self.drop_last, self.num_workers, self.augment = drop_last, num_workers, augment
+        self.split = dict(split) if split else {"train": 0.95, "val": 0.05}
+        self._table: ImageTable | None = None
+        self._splits: dict[str, Array] = {}
+
+    @abstractmethod
+    def load(self) -> ImageTable:
+        """Gets, decodes and caches the data set; calling it again reads the cache.
+
+        Raises:
+            AntherError: the data set is missing or damaged.
+        """
+
+    def make_splits(self, table: ImageTable) -> dict[str, Array]:
+        """Row numbers by split name; data sets with splits of their own override this."""
+        return random_split(len(table), self.split, self.split_seed)
+
+    def prepare_data(self) -> None:
+        """Downloads and decodes, in one process per machine."""
+        self.load()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads the table and splits it; a second call does nothing."""
+        if self._table is not None:
+            return
+        table = self.load()
+        if table.images.shape[1] != self.image_shape[0] or min(table.images.shape[2:]) < self.image_shape[1]:
+            raise AntherError(
+                f"{self.name} holds images of shape {tuple(table.images.shape[1:])}, which do not give "
+                f"{self.image_shape}; choose another data.size."
+            )
+        splits = self.make_splits(table)
+        rows = np.concatenate(list(splits.values()))
+        assert len(np.unique(rows)) == len(rows), "splits overlap"
+        assert {"train", "val"} <= set(splits)
+        self._table, self._splits = table, splits
+
+    @property
+    def table(self) -> ImageTable:
+        """The data set; after `setup`."""
+        if self._table is None:
+            raise RuntimeError("call setup() first")
+        return self._table
+
+    @property
+    def splits(self) -> dict[str, Array]:
+        """Sorted, disjoint int64 rows by name; after `setup`."""
+        self.table  # noqa: B018 - says what is missing
+        return self._splits
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the labels; after `setup`."""
+        return self.table.class_names
+
+    def pixels(self, split: str) -> Tensor:
+        """The images of a split, not augmented: uint8 (n, C, H, W)."""
+        return centre_crop(torch.from_numpy(self.table.images[self.splits[split]]), self.image_shape[1])
+
+    def split_record(self) -> dict[str, Any]:
+        """What says which image was in which split: plain values for JSON."""
+        table = self.table
+        return {
+            "data": self.name,
+            "digest": table.digest,
+            "classes": list(table.class_names),
+            "split_seed": self.split_seed,
+            "splits": {name: [table.names[row] for row in rows] for name, rows in self.splits.items()},
+        }
+
+    def save_splits(self, path: Path | str) -> None:
+        """Writes `split_record` as JSON."""
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(self.split_record(), indent=1))
+
+    def describe(self) -> str:
+        """One line: name, sizes of the splits, resolution, classes."""
+        sizes = ", ".join(f"{len(rows)} {name}" for name, rows in self.splits.items())
+        names = self.class_names
+        classes = f"{len(names)} classes ({', '.join(names[:10])}{', …' if len(names) > 10 else ''})"
+        return f"{self.name}: {sizes} images, {'×'.join(map(str, self.image_shape))}, {classes}"
+
+    def train_dataloader(self) -> EpochLoader:
+        """Shuffled and augmented.
+
+        Raises:
+            AntherError: the batch is larger than this process's share of the training images.
+        """
+        rank, world = self._rank()
+        rows = self.splits["train"]
+        if self.drop_last and len(rows) // world < self.batch_size:
+            raise AntherError(
+                f"data.batch_size={self.batch_size} is more than the {len(rows) // world} training images of "
+                f"{self.name} per process, so an epoch has no batch; choose a smaller one or data.drop_last=false."
+            )
+        view = TableView(self.table, rows, self.image_shape[1], self.augment, self.seed)
+        sampler = EpochSampler(len(rows), self.seed, rank, world)
+        return self._loader(view, sampler, self.batch_size, self.drop_last)
+
+    def val_dataloader(self) -> EpochLoader:
+        """In order, not augmented; each rank takes `rows[rank::world]`, nothing is repeated."""
+        return self._in_order("val")
+
+    def test_dataloader(self) -> EpochLoader:
+        """The split "test" where there is one, else "val"; in order, not augmented."""
+        return self._in_order("test" if "test" in self.splits else "val")
+
+    def _in_order(self, split: str) -> EpochLoader:
+        rows = self.splits[split]
+        view = TableView(self.table, rows, self.image_shape[1])
+        return self._loader(view, EpochSampler(len(rows), None, *self._rank()), self.val_batch_size, drop_last=False)
+
+    def _loader(self, view: TableView, sampler: EpochSampler, batch_size: int, drop_last: bool) -> EpochLoader:
+        return EpochLoader(
+            view,
+            batch_size=batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=as_is,
+            pin_memory=torch.cuda.is_available(),
+            # Its own generator: making an iterator must not move the global one.
+            generator=generator(self.seed),
+        )
+
+    def _rank(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -1,0 +1,76 @@
+"""The one image range: float in [-1, 1] inside, uint8 in files and metrics."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.files import atomic
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Maps [-1, 1] to 0..255: clamped, then rounded to the nearest level."""
+    return images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """Maps 0..255 to float32 in [-1, 1]; the inverse of `to_uint8` on its image."""
+    return images.float().div(127.5).sub(1)
+
+
+def to_pil(image: Tensor) -> "Image.Image":
+    """One image (C, H, W) in [-1, 1], C = 1 or 3, as a PIL image of mode L or RGB."""
+    from PIL import Image
+
+    pixels: np.ndarray = to_uint8(image.detach().cpu()).permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+
+
+def grid(images: Tensor, columns: int, padding: int = 2, scale: int = 1) -> Tensor:
+    """Lays (N, C, H, W) out row by row as one image (C, H', W'), white between the cells.
+
+    Args:
+        images: values in [-1, 1].
+        columns: images per row.
+        padding: pixels between and around the cells.
+        scale: each pixel is repeated this often in both directions, so that small images can be looked at.
+    """
+    images = images.detach().float().cpu()
+    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    n, c, h, w = images.shape
+    rows = -(-n // columns)
+    sheet = torch.ones(c, rows * (h + padding) + padding, columns * (w + padding) + padding)
+    for k, image in enumerate(images):
+        top = padding + (k // columns) * (h + padding)
+        left = padding + (k % columns) * (w + padding)
+        sheet[:, top : top + h, left : left + w] = image
+    return sheet
+
+
+def save_png(image: Tensor, path: Path | str) -> None:
+    """Writes one image (C, H, W) in [-1, 1] as a lossless PNG."""
+    with atomic(path) as temporary:
+        to_pil(image).save(temporary, format="PNG")
+
+
+def save_gif(frames: Sequence[Tensor], path: Path | str, ms: int = 60, last_ms: int = 2000) -> None:
+    """Writes frames (C, H, W) in [-1, 1] as an endless GIF.
+
+    Args:
+        frames: at least one frame.
+        path: the file.
+        ms: how long a frame stays, in milliseconds.
+        last_ms: how long the last one stays.
+    """
+    pictures = [to_pil(frame) for frame in frames]
+    durations = [ms] * (len(pictures) - 1) + [last_ms]
+    with atomic(path) as temporary:
+        pictures[0].save(
+            temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0, disposal=1
+        )

@@ -1,0 +1,287 @@
+"""LightningModules: unconditional and classifier-free diffusion. They own the network and the loss, nothing else."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from diffusion.conditioning.base import Conditioner
+from diffusion.denoiser import Denoiser, Predictor
+from diffusion.errors import AntherError
+from diffusion.guidance import ClassifierFree
+from diffusion.rng import ImageRNG, generator
+from diffusion.samplers import Hook, Sampler
+
+# First number of a generator's key, so that training and validation never share a stream.
+TRAINING, VALIDATION = 0, 1
+
+GOLDEN = (5**0.5 - 1) / 2
+
+
+def draw_times(n: int, T: int, spread: Literal["uniform", "stratified"], rng: torch.Generator) -> Tensor:
+    """Training times on the grid k / T, k = 1..T.
+
+    Args:
+        n: batch size.
+        T: steps of the schedule.
+        spread: `uniform` draws each on its own; `stratified` draws one from each n-th part of [0, 1], which gives the
+            same mean loss with less variance (Kingma et al., 2021, arXiv 2107.00630).
+        rng: generator.
+
+    Returns:
+        (n,), float64, in [1 / T, 1].
+    """
+    u = torch.rand(n, generator=rng, dtype=torch.float64)
+    if spread == "stratified":
+        u = (torch.arange(n, dtype=torch.float64) + u) / n
+    return ((u * T).floor() + 1).clamp(max=T) / T
+
+
+class Diffusion(lightning.LightningModule):
+    """Unconditional diffusion.
+
+    Args:
+        denoiser: what is trained.
+        sampler: draws the images of `sample` unless another is given.
+        optimizer: parameters -> optimizer.
+        scheduler: (optimizer, total_steps) -> Lightning's `lr_scheduler` config; see `modules.learning_rate`.
+        seed: of noise and times, in training and validation.
+        times: how training times are spread over a batch, see `draw_times`.
+        val_times: evaluations per validation image. Image i is always seen at the same times with the same noise, so
+            the loss of two epochs, or two runs, may be compared.
+        augment_dim: width of the labels of a non-leaking augmentation, appended to the condition; zeros in sampling.
+    """
+
+    conditioner: Conditioner | None = None
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        sampler: Sampler,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer, int], dict[str, Any]] | None = None,
+        seed: int = 0,
+        times: Literal["uniform", "stratified"] = "stratified",
+        val_times: int = 4,
+        augment_dim: int = 0,
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.sampler = sampler
+        self.seed = seed
+        self.times = times
+        self.val_times = val_times
+        self.augment_dim = augment_dim
+        self.config: dict[
+            str, Any
+        ] = {}  # the resolved config of the run; the entry point sets it, checkpoints carry it
+        self.last_losses: dict[str, Tensor] = {}  # of the last batch: t (B,) and loss (B,), for callbacks
+        self._make_optimizer = optimizer
+        self._make_scheduler = scheduler
+
+    # What the batch is conditioned on -------------------------------------------------------------------------------
+
+    def training_condition(self, batch: Mapping[str, Tensor], rng: torch.Generator) -> Tensor | None:
+        """Conditions of a training batch, (B, D), or None."""
+        return self.augmentation(batch) if self.augment_dim else None
+
+    def validation_condition(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Conditions of a validation batch, (B, D), or None; nothing is dropped."""
+        return self.augmentation(batch) if self.augment_dim else None
+
+    def augmentation(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Labels of the augmentation, (B, augment_dim); zeros where the batch has none."""
+        image = batch["image"]
+        return batch.get("augment", image.new_zeros(len(image), self.augment_dim))
+
+    # Training -------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Holds the data against the network before the first hour is spent."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        network = self.denoiser.network
+        if datamodule is None or not hasattr(network, "img_ch"):
+            return
+        channels, height, _ = datamodule.image_shape
+        if (channels, height) != (network.img_ch, network.img_size):
+            raise AntherError(
+                f"the data are {channels} x {height} x {height} and the network takes {network.img_ch} x "
+                f"{network.img_size} x {network.img_size}: choose data and network that fit each other."
+            )
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean loss of the batch; noise and times are a function of (seed, rank, step)."""
+        x_0 = batch["image"]
+        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        rng = generator(TRAINING, self.seed, self.global_rank, step)
+        t = draw_times(len(x_0), self.denoiser.schedule.T, self.times, rng).to(x_0.device)
+        eps = torch.randn(x_0.shape, generator=rng).to(x_0)
+        losses = self.denoiser.loss(x_0, t, eps, self.training_condition(batch, rng))
+        self.last_losses = {"t": t, "loss": losses.detach()}
+        loss = losses.mean()
+        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(x_0), sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Loss over a fixed grid of (t, noise)."""
+        x_0, cond = batch["image"], self.validation_condition(batch)
+        t, eps = self._validation_grid(batch["index"], x_0.shape[1:])
+        losses = [
+            self.denoiser.loss(x_0, t_k.to(x_0.device), eps_k.to(x_0), cond) for t_k, eps_k in zip(t, eps, strict=True)
+        ]
+        self.last_losses = {"t": t.flatten().to(x_0.device), "loss": torch.cat(losses)}
+        loss = torch.cat(losses).mean()
+        self.log("val/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(x_0), sync_dist=True)
+
+    def _validation_grid(self, index: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Times (K, B) and noise (K, B, C, H, W) of the images with these row numbers."""
+        T, k = self.denoiser.schedule.T, self.val_times
+        # Each image takes K evenly spaced times; the offset walks by the golden ratio, so all images fill the gaps.
+        offset = (index.cpu().double() * GOLDEN) % 1
+        u = (torch.arange(k, dtype=torch.float64)[:, None] + offset) / k
+        rngs = [generator(VALIDATION, self.seed, int(i)) for i in index]
+        eps = torch.stack([torch.randn(k, *shape, generator=rng) for rng in rngs], 1)
+        return ((u * T).floor() + 1).clamp(max=T) / T, eps
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over the network, and how its rate moves."""
+        optimizer = self._make_optimizer(self.denoiser.network.parameters())
+        if self._make_scheduler is None:
+            return optimizer
+        total = int(self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer, total)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint says what it is: the resolved config travels with the weights."""
+        checkpoint["config"] = self.config
+
+    # Sampling -------------------------------------------------------------------------------------------------------
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that the network makes."""
+        network: Any = self.denoiser.network
+        return network.img_ch, network.img_size, network.img_size
+
+    def predictor(self, weight: float | Tensor | None) -> Predictor:
+        """What the sampler is given; `weight` has a meaning under guidance only.
+
+        Raises:
+            AntherError: a guidance weight for a model that has no condition.
+        """
+        if weight is not None:
+            raise AntherError("this model has no condition, so guidance.weight does not apply: leave it out.")
+        return self.denoiser
+
+    def sampling_condition(self, prompts: Sequence[str] | None, n: int) -> Tensor | None:
+        """Conditions for n images, (n, D), or None.
+
+        Raises:
+            AntherError: prompts for a model that has no condition.
+        """
+        if prompts is not None:
+            raise AntherError("this model was trained without a condition and takes no prompts: leave them out.")
+        return torch.zeros(n, self.augment_dim) if self.augment_dim else None
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str] | None,
+        seeds: Sequence[int],
+        weight: float | Tensor | None = None,
+        sampler: Sampler | None = None,
+        hook: Hook | None = None,
+    ) -> Tensor:
+        """Draws one image per seed; image k is a function of its seed, prompt and weight in any batch split.
+
+        Args:
+            prompts: one per seed; None without a condition.
+            seeds: one per image.
+            weight: guidance weight w, for all or one per image (n,); None takes the module's own.
+            sampler: instead of the module's own.
+            hook: called after each step.
+
+        Returns:
+            (n, C, H, W), on the module's device; nominally in [-1, 1], not clamped.
+        """
+        rng = ImageRNG(seeds)
+        cond = self.sampling_condition(prompts, len(seeds))
+        cond = None if cond is None else cond.to(self.device)
+        x_1 = rng.randn(self.image_shape, self.device)
+        was_training = self.training
+        self.eval()
+        try:
+            images = (sampler or self.sampler)(self.predictor(weight), x_1, rng, cond, hook)
+        finally:
+            self.train(was_training)
+        return images
+
+
+class ClassifierFreeDiffusion(Diffusion):
+    """Conditional diffusion whose condition is dropped at random, so that it can be guided.
+
+    Args:
+        denoiser: as in `Diffusion`; the network takes conditions of width `conditioner.dim + augment_dim`.
+        sampler: as in `Diffusion`.
+        optimizer: as in `Diffusion`.
+        conditioner: batch or prompts -> conditions; owns the null condition.
+        drop_prob: probability with which a sample's whole condition is replaced by the null.
+        weight: guidance weight w of `sample`: e = (1 + w) e_c - w e_u.
+        **options: of `Diffusion`.
+
+    Raises:
+        AntherError: the conditioner's width is not the network's.
+    """
+
+    conditioner: Conditioner
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        sampler: Sampler,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        conditioner: Conditioner,
+        drop_prob: float = 0.1,
+        weight: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(denoiser, sampler, optimizer, **options)
+        width = getattr(denoiser.network, "c_embed_dim", None)
+        if width is not None and width != conditioner.dim + self.augment_dim:
+            extra = f" and the augmentation {self.augment_dim}" if self.augment_dim else ""
+            raise AntherError(
+                f"the network takes conditions of width {width}, the conditioner gives {conditioner.dim}{extra}: set "
+                f"network.c_embed_dim={conditioner.dim + self.augment_dim} or choose another conditioner."
+            )
+        if not 0 <= drop_prob <= 1:
+            raise AntherError(f"module.drop_prob is a probability, not {drop_prob}: choose it in [0, 1].")
+        self.conditioner = conditioner
+        self.drop_prob = drop_prob
+        self.weight = weight
+
+    def setup(self, stage: str) -> None:  # noqa: D102
+        super().setup(stage)
+        if stage == "fit":
+            datamodule: Any = getattr(self.trainer, "datamodule", None)
+            self.conditioner.prepare(datamodule.table)
+
+    def training_condition(self, batch: Mapping[str, Tensor], rng: torch.Generator) -> Tensor:  # noqa: D102
+        cond = self.conditioner.drop(self.conditioner.lookup(batch), self.drop_prob, rng)
+        return torch.cat([cond, self.augmentation(batch)], 1)
+
+    def validation_condition(self, batch: Mapping[str, Tensor]) -> Tensor:  # noqa: D102
+        return torch.cat([self.conditioner.lookup(batch), self.augmentation(batch)], 1)
+
+    def predictor(self, weight: float | Tensor | None) -> Predictor:  # noqa: D102
+        null = torch.cat([self.conditioner.null, torch.zeros(self.augment_dim)])
+        return ClassifierFree(self.denoiser, null, self.weight if weight is None else weight)
+
+    def sampling_condition(self, prompts: Sequence[str] | None, n: int) -> Tensor:  # noqa: D102
+        if prompts is None or len(prompts) != n:
+            given = "none" if prompts is None else str(len(prompts))
+            raise AntherError(f"{n} images need {n} prompts and {given} were given: name one per image.")
+        cond = self.conditioner.encode(prompts)
+        return torch.cat([cond, cond.new_zeros(n, self.augment_dim)], 1)

@@ -1,0 +1,43 @@
+"""Generators by key: every draw of the project can be named and repeated."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def generator(*key: int) -> torch.Generator:
+    """A CPU generator that is a function of its key alone.
+
+    Training draws with the key `(seed, rank, step)`. Keys are hashed (numpy's SeedSequence), so neighbouring keys give
+    unrelated streams and `(1, 2)` differs from `(2, 1)`.
+
+    Args:
+        key: non-negative integers.
+    """
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state))
+
+
+class ImageRNG:
+    """One generator per image, so seed k draws image k in any batch split and on any device.
+
+    Draws are made on the CPU, the one device whose stream every machine has, and then moved.
+
+    Args:
+        seeds: one per image.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self._generators = [generator(seed) for seed in seeds]
+
+    def __len__(self) -> int:
+        return len(self._generators)
+
+    def randn(
+        self, shape: Sequence[int], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Standard normal noise, (len(self), *shape); each image draws from its own stream."""
+        draws = [torch.randn(tuple(shape), generator=g, dtype=dtype) for g in self._generators]
+        return torch.stack(draws).to(device)
