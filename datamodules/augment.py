@@ -52,18 +52,14 @@ class FlipCrop(Augment):
 
     def __call__(self, pixels: Tensor, uniforms: Tensor, size: int) -> tuple[Tensor, None]:
         """See `Augment`."""
-        rows = _window(uniforms[:, 1], pixels.shape[-2], size)
-        columns = _window(uniforms[:, 2], pixels.shape[-1], size)
-        columns = torch.where((uniforms[:, 0] < self.flip)[:, None], columns.flip(1), columns)
-        batch = torch.arange(len(pixels))[:, None, None]
-        cropped = pixels.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]]
-        return from_uint8(cropped.permute(0, 3, 1, 2).contiguous()), None
-
-
-def _window(uniform: Tensor, length: int, size: int) -> Tensor:
-    """Positions (B, size) of a window that starts anywhere in 0..length - size."""
-    start = (uniform * (length - size + 1)).long()
-    return start[:, None] + torch.arange(size)
+        if (height := pixels.shape[-2]) > size or pixels.shape[-1] > size:
+            top = (uniforms[:, 1] * (height - size + 1)).long()
+            left = (uniforms[:, 2] * (pixels.shape[-1] - size + 1)).long()
+            # (B, C, tops, lefts, size, size), a view: the index copies the one window of each image.
+            windows = pixels.unfold(2, size, 1).unfold(3, size, 1)
+            pixels = windows[torch.arange(len(pixels)), :, top, left]
+        mirrored = (uniforms[:, 0] < self.flip)[:, None, None, None]
+        return from_uint8(torch.where(mirrored, pixels.flip(-1), pixels)), None
 
 
 class NonLeaking(Augment):

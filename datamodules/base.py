@@ -73,7 +73,7 @@ class ImageTable:
 
 
 def open_rgb(path: Path) -> "Image.Image":
-    """Decodes a file to RGB, upright by its EXIF orientation.
+    """Decodes a file to RGB, upright by its EXIF orientation, transparency over white.
 
     Raises:
         OSError, ValueError, SyntaxError: what Pillow raises for files that are not whole images.
@@ -81,7 +81,11 @@ def open_rgb(path: Path) -> "Image.Image":
     from PIL import Image, ImageOps
 
     with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        upright = ImageOps.exif_transpose(image)
+        if not upright.has_transparency_data:
+            return upright.convert("RGB")
+        rgba = upright.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def content_digest(parts: Sequence[object], arrays: Sequence[bytes | Array] = ()) -> str:
@@ -111,19 +115,17 @@ def cached_images(
     rows_path = path.with_suffix(".json")
     if (found := _load(path, rows_path, count, shape)) is not None:
         return found
+    images = np.empty((count, *shape), np.uint8)
+    kept: list[int] = []
+    for row, pixels in _decoded(count, decode, label):
+        if pixels is not None:
+            images[len(kept)] = pixels
+            kept.append(row)
     with atomic(path) as temporary:
-        images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(count, *shape))
-        kept: list[int] = []
-        for row, pixels in _decoded(count, decode, label):
-            if pixels is not None:
-                images[len(kept)] = pixels
-                kept.append(row)
-        images.flush()
-        if len(kept) < count:
-            whole = np.array(images[: len(kept)])
-            del images
-            with temporary.open("wb") as file:
-                np.save(file, whole)
+        # Not np.save, whose error on a full disk has no number, nor a writable map, which dies of it.
+        with temporary.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(images[: len(kept)]))
+            file.write(images[: len(kept)].data)
         # The rows come first: an array without them is not loaded.
         with atomic(rows_path) as temporary_rows:
             temporary_rows.write_text(json.dumps({"count": count, "rows": kept}))

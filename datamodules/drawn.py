@@ -32,9 +32,9 @@ PAINT: dict[str, Array] = {
 }
 COLOURS = {
     "daisy": ("white", "yellow", "orange", "red", "pink", "purple", "blue"),
-    "rose": ("white", "yellow", "orange", "red", "pink", "purple"),
+    "rose": ("white", "yellow", "orange", "red", "pink", "purple", "blue"),
     "sunflower": ("yellow", "orange", "red"),
-    "tulip": ("white", "yellow", "orange", "red", "pink", "purple"),
+    "tulip": ("white", "yellow", "orange", "red", "pink", "purple", "blue"),
 }
 GREEN = np.array(((0.07, 0.24, 0.07), (0.22, 0.50, 0.15), (0.50, 0.74, 0.30)), np.float32)
 DISC = {  # the middle of a flower, in the tones of PAINT
@@ -151,7 +151,8 @@ def _tone(paint: Array, tone: Array) -> Array:
     """Shadow at 0, body at 0.5, highlight at 1: (3, h, w)."""
     dark, body, light = (level[:, None, None] for level in paint)
     t = np.clip(2 * tone, 0, 2)
-    return dark + np.minimum(t, 1) * (body - dark) + np.maximum(t - 1, 0) * (light - body)
+    mixed: Array = dark + np.minimum(t, 1) * (body - dark) + np.maximum(t - 1, 0) * (light - body)
+    return mixed
 
 
 def _blade(along: Array, across: Array, length: float, width: float, outline: Outline) -> tuple[Array, Array]:
@@ -161,16 +162,17 @@ def _blade(along: Array, across: Array, length: float, width: float, outline: Ou
     return (np.abs(across) - width * outline(t)) * 0.85 + beyond, t
 
 
+# Outlines: half-width at position t along the axis, 1 at the widest.
 def _oval(t: Array) -> Array:
-    return 2 * np.sqrt(t * (1 - t))
+    return np.asarray(2 * np.sqrt(t * (1 - t)))
 
 
 def _drop(t: Array) -> Array:  # round at the base, pointed at the tip
-    return 2.6 * np.sqrt(t) * (1 - t)
+    return np.asarray(2.6 * np.sqrt(t) * (1 - t))
 
 
 def _lance(t: Array) -> Array:  # pointed at both ends
-    return 4 * t * (1 - t)
+    return np.asarray(4 * t * (1 - t))
 
 
 # --- the flowers: each is drawn around (0, 0) with radius 1 -----------------------------------------------------------
@@ -299,13 +301,11 @@ def _stem(canvas: Array, species: str, x: float, y: float, r: float, rng: np.ran
     w.paint(np.abs(off) - thick, _tone(GREEN, 0.45 - 0.3 * off / thick))
     length, width, where, rise, outline = LEAVES[species]
     for hand in (-1, 1):
-        s = where * rng.uniform(0.85, 1.0)
-        foot_x, foot_y = x + bend * s * s, y + s * (ground - y)
+        down = where * rng.uniform(0.85, 1.0)
+        foot_x, foot_y = x + bend * down * down, y + down * (ground - y)
         angle = rise + rng.uniform(-0.15, 0.15)
         c, d = np.float32(np.cos(angle)), np.float32(np.sin(angle))
         w = _around(canvas, foot_x, foot_y, r, length + 0.1)
-        if not w.rgb.size:
-            continue
         along, across = hand * c * w.u - d * w.v, hand * d * w.u + c * w.v
         across = across - 0.10 * along * along / length
         distance, t = _blade(along, across, length * rng.uniform(0.85, 1.1), width, outline)
@@ -385,14 +385,16 @@ def draw(seed: int, index: int, size: int) -> tuple[Array, Flowers]:
 PRAISE = ("beautiful", "pretty", "lovely")
 FRAMES = (
     "a photo of {}",
+    "a photograph of {}",
     "a picture of {}",
     "an image of {}",
     "a drawing of {}",
     "a painting of {}",
-    "this is {}",
     "{} in a garden",
     "{} in the garden",
     "{} in a meadow",
+    "{} in a field",
+    "{} with green leaves",
     "{} in the grass",
     "{} on a green background",
 )
@@ -438,8 +440,12 @@ def caption(flowers: Flowers, rng: np.random.Generator, partial: float = 0.0) ->
     }[flowers.count]
     if unsaid != "count":
         words.insert(0, _choose(rng, number))
+    elif many and rng.random() < 0.5:
+        words.insert(0, "some")
     text = " ".join(words)
-    if rng.random() < 0.5:
+    if rng.random() < 0.05:
+        text = f"there are {text}" if many else f"this is {text}"
+    elif rng.random() < 0.5:
         text = _choose(rng, FRAMES).format(text)
     return text + "." if rng.random() < 0.1 else text
 

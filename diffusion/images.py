@@ -53,6 +53,33 @@ def grid(images: Tensor, columns: int, padding: int = 2, scale: int = 1) -> Tens
     return sheet
 
 
+def sheet(images: Tensor, captions: Sequence[str], columns: int, scale: int = 4) -> "Image.Image":
+    """A grid with a caption under each image, for people to look at.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        captions: one per image; long ones are broken into lines.
+        columns: images per row.
+        scale: magnification, by repetition of pixels.
+    """
+    from textwrap import wrap
+
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size=12)
+    height, width = images.shape[2] * scale, images.shape[3] * scale
+    lines = [wrap(caption, max(8, width // 7)) for caption in captions]
+    text_height = 15 * max(map(len, lines), default=0) + 4
+    rows, gap = -(-len(images) // columns), 6
+    page = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + text_height + gap) + gap), "white")
+    draw = ImageDraw.Draw(page)
+    for k, image in enumerate(images):
+        left, top = gap + (k % columns) * (width + gap), gap + (k // columns) * (height + text_height + gap)
+        page.paste(to_pil(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        draw.multiline_text((left, top + height + 2), "\n".join(lines[k]), fill="black", font=font, spacing=3)
+    return page
+
+
 def save_png(image: Tensor, path: Path | str) -> None:
     """Writes one image (C, H, W) in [-1, 1] as a lossless PNG."""
     with atomic(path) as temporary:

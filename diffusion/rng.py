@@ -16,7 +16,8 @@ def generator(*key: int) -> torch.Generator:
     Args:
         key: non-negative integers.
     """
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    # SeedSequence reads (1,), (1, 0) and (1, 0, 0) as one key, so the length goes in front.
+    state = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
 
 

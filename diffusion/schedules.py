@@ -13,6 +13,12 @@ from torch import Tensor
 from diffusion.errors import AntherError
 
 
+def check_times(t: Tensor) -> None:
+    """Raises ValueError when a time lies outside [0, 1]."""
+    if not bool(((t >= 0) & (t <= 1)).all()):
+        raise ValueError(f"times lie in [0, 1], not in [{t.min().item()}, {t.max().item()}]")
+
+
 class Schedule(ABC):
     """Signal and noise level as functions of time.
 
@@ -31,6 +37,9 @@ class Schedule(ABC):
 
         Returns:
             alpha_t and sigma_t, float64, of the shape and on the device of `t`.
+
+        Raises:
+            ValueError: a time outside [0, 1].
         """
 
     def snr(self, t: Tensor) -> Tensor:
@@ -72,8 +81,7 @@ class TableSchedule(Schedule):
         self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar])
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        if not bool(((t >= 0) & (t <= 1)).all()):
-            raise ValueError(f"times lie in [0, 1], not in [{t.min().item()}, {t.max().item()}]")
+        check_times(t)
         position = t.double() * self.T
         # k / T * T may miss k by one unit in the last place, and a table entry must come out exactly.
         nearest = position.round()
@@ -91,7 +99,7 @@ class Linear(TableSchedule):
         T: number of steps.
         beta_start: first beta.
         beta_end: last beta. With T well below 1000 and the usual 0.02 the last image still shows signal (alpha_1 is
-            0.36 for T = 400); `ZeroTerminalSNR` mends that.
+            0.13 for T = 400); `ZeroTerminalSNR` mends that.
     """
 
     def __init__(self, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> None:
@@ -173,5 +181,6 @@ class Straight(Schedule):
         self.T = T
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        check_times(t)
         t = t.double()
         return 1 - t, t

@@ -71,7 +71,10 @@ class Labels(Conditioner):
 
     def __init__(self, class_names: Sequence[str] | None = None, num_classes: int | None = None) -> None:
         if (class_names is None) == (num_classes is None):
-            raise AntherError("conditioner: give either class_names or num_classes.")
+            raise AntherError(
+                "the labels conditioner needs its classes: set data.classes or conditioner.class_names=[...], or only "
+                "conditioner.num_classes=10, and not both."
+            )
         self._numbered = class_names is None
         self.class_names = tuple(str(k) for k in range(num_classes or 0)) if class_names is None else tuple(class_names)
 

@@ -237,43 +237,28 @@ def resolve_open_clip(model: str, tag: str) -> Path:
     Raises:
         AntherError: they are nowhere and the hub cannot be reached, or may not be (HF_HUB_OFFLINE).
     """
-    from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError
-    from huggingface_hub.file_download import get_hf_file_metadata
+    from huggingface_hub import constants, try_to_load_from_cache
     from open_clip.pretrained import get_pretrained_cfg
 
     weights = get_pretrained_cfg(model, tag)
-    repo, _, filename = weights.get("hf_hub", "").rpartition("/")
-    names = (
-        _HUB_FILES
-        if not filename
-        else tuple(dict.fromkeys([str(Path(filename).with_suffix(".safetensors")), filename]))
-    )
+    repo, _, filename = weights["hf_hub"].rpartition("/")
+    names = (str(Path(filename).with_suffix(".safetensors")), filename) if filename else _HUB_FILES
     ours = [cache_dir() / "open_clip" / f"{model}-{tag}{suffix}" for suffix in (".safetensors", ".bin", ".pt")]
-    openai = Path("~/.cache/clip").expanduser() / (Path(weights.get("url", "")).name or "none")
-    for path in [*ours, openai]:
-        if path.is_file() and (path != openai or _openai_archive(path)):
+    openai = Path("~/.cache/clip").expanduser() / (Path(weights["url"]).name or "none")
+    for path in ours:
+        if path.is_file():
             return path
-    for name in names if repo else ():
+    if openai.is_file() and _openai_archive(openai):
+        return openai
+    for name in names:
         hit = try_to_load_from_cache(repo, name)
         if isinstance(hit, str):
             return Path(hit)
-    reason = "it names no hub repository"
-    for name in names if repo else ():
-        try:
-            # One question without retries: hf_hub_download alone would try for half a minute where there is no network.
-            get_hf_file_metadata(hf_hub_url(repo, name), timeout=_TIMEOUT)
-            return Path(hf_hub_download(repo, name))
-        except EntryNotFoundError as error:
-            reason = f"{type(error).__name__}: {name}"
-        except Exception as error:  # The hub's client raises its own, its transport's and the system's errors.
-            lines = str(error).strip().splitlines()
-            reason = (
-                "HF_HUB_OFFLINE is set"
-                if constants.HF_HUB_OFFLINE
-                else f"{type(error).__name__}: {lines[0] if lines else ''}"
-            )
-            break
+    try:
+        return _download(repo, names)
+    except Exception as error:  # The hub's client raises its own errors, its transport's and the system's.
+        lines = str(error).strip().splitlines() or [""]
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{type(error).__name__}: {lines[0]}"
     file = f"conditioner.pretrained=/path/to/{names[0]}"
     if weights.get("quick_gelu") and not model.endswith("-quickgelu"):
         file = f"conditioner.model={model}-quickgelu {file}"
@@ -284,6 +269,23 @@ def resolve_open_clip(model: str, tag: str) -> Path:
         f"places, or give a file: {file}, or use the CLIP of the project: conditioner.model={next(iter(EMBEDDED))} "
         "conditioner.pretrained=embedded."
     )
+
+
+def _download(repo: str, names: Sequence[str]) -> Path:
+    """The first of the files that a hub repository has."""
+    from huggingface_hub import hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.file_download import get_hf_file_metadata
+
+    missing = EntryNotFoundError(f"{repo} has none of {', '.join(names)}")
+    for name in names:
+        try:
+            # One question without retries: hf_hub_download alone would try for half a minute where there is no network.
+            get_hf_file_metadata(hf_hub_url(repo, name), timeout=_TIMEOUT)
+            return Path(hf_hub_download(repo, name))
+        except EntryNotFoundError:
+            continue
+    raise missing
 
 
 def _own_file(model: str, pretrained: str) -> Path | None:

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
+import lightning
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from diffusion.errors import AntherError
 from diffusion.files import atomic
+from diffusion.images import from_uint8
 
 # Images reach the model as they are in a batch, in [-1, 1].
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -42,7 +42,7 @@ def soft_contrastive_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tens
     return (by_image + by_text) / 2
 
 
-class Contrastive(L.LightningModule):
+class Contrastive(lightning.LightningModule):
     """A CLIP of `open_clip` trained from nothing on the pictures and captions of the data module.
 
     Logs `train/loss`, `val/loss` and `val/retrieval`: the share of validation images whose own caption is the nearest
@@ -75,6 +75,8 @@ class Contrastive(L.LightningModule):
         self.clip = CLIP(**self.model_cfg)
         self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
         self.name, self.file_name = name, file_name
+        # The resolved config of the run; the entry point sets it, checkpoints carry it.
+        self.config: dict[str, Any] = {}
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)
         self._caption = torch.zeros(0, dtype=torch.int64)
 
@@ -82,6 +84,18 @@ class Contrastive(L.LightningModule):
     def size(self) -> int:
         """Pixels per side of the images it takes."""
         return int(self.model_cfg["vision_cfg"]["image_size"])
+
+    def describe(self) -> dict[str, str]:
+        """What a person wants to know before the run, by heading."""
+        used = sum(p.numel() for p in self.clip.parameters()) - self.clip.token_embedding.weight.numel()
+        return {
+            "network": f"CLIP, {used:,} parameters and the token embeddings",
+            "embedding": f"{self.clip.visual.proj.shape[1]} numbers",
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The resolved config travels with the weights."""
+        checkpoint["config"] = self.config
 
     def setup(self, stage: str) -> None:
         """Tokenises every distinct caption of the data once.
@@ -104,7 +118,7 @@ class Contrastive(L.LightningModule):
 
     def _embed(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Unit image vectors (B, d), unit vectors of the n distinct captions (n, d), which caption is whose (B,)."""
-        which, position = self._caption[batch["index"].cpu()].unique(return_inverse=True)
+        which, position = torch.unique(self._caption[batch["index"].cpu()], return_inverse=True)
         text = self.clip.encode_text(self._tokens[which].to(self.device), normalize=True)
         return self.clip.encode_image(batch["image"], normalize=True), text, position.to(self.device)
 
@@ -149,29 +163,13 @@ class Contrastive(L.LightningModule):
         if not self.trainer.is_global_zero:
             return
         data = self._data()
-        rows = torch.as_tensor(data.splits["train"])
         # Only the words of training captions: every exported row of the embedding was trained.
-        which = self._caption[rows].unique()
-        captions = [data.table.captions[i] for i in _first(self._caption, which)]
-        tokens = self._tokens[which]
+        captions = sorted({data.table.captions[row] for row in data.splits["train"]})
+        images = from_uint8(data.pixels("val"))
         self.eval()
-        images = torch.stack([data.val_dataloader().dataset[i]["image"] for i in range(len(data.splits["val"]))])
-        rescale(self.clip, images.to(self.device), tokens.to(self.device))
-        export_clip(
-            self.clip,
-            self.model_cfg,
-            captions,
-            Path(self.trainer.default_root_dir) / self.file_name,
-            name=self.name,
-        )
-
-
-def _first(values: Tensor, wanted: Tensor) -> list[int]:
-    """For each wanted value, the position where it comes first."""
-    seen: dict[int, int] = {}
-    for i, value in enumerate(values.tolist()):
-        seen.setdefault(value, i)
-    return [seen[value] for value in wanted.tolist()]
+        rescale(self.clip, images.to(self.device), tokenize(captions, self.model_cfg).to(self.device))
+        path = Path(self.trainer.default_root_dir) / self.file_name
+        export_clip(self.clip, self.model_cfg, captions, path, self.name)
 
 
 def tokenize(captions: Sequence[str], model_cfg: Mapping[str, Any]) -> Tensor:
@@ -201,9 +199,7 @@ def rescale(clip: Any, images: Tensor, tokens: Tensor) -> None:
         weight.data.mul_(math.sqrt(embeddings.shape[1]) / norm)
 
 
-def export_clip(
-    clip: Any, model_cfg: Mapping[str, Any], captions: Sequence[str], path: Path | str, name: str
-) -> None:
+def export_clip(clip: Any, model_cfg: Mapping[str, Any], captions: Sequence[str], path: Path | str, name: str) -> None:
     """Writes a CLIP with the token embeddings of the captions' vocabulary only, as float16 safetensors.
 
     Beside the state dict the file holds `token_ids`, int64 (V,): row r of `token_embedding.weight` belongs to token
@@ -216,9 +212,9 @@ def export_clip(
         path: the file, replaced as a whole.
         name: of the model.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    token_ids = tokenize(captions, model_cfg).unique()
+    token_ids = torch.unique(tokenize(captions, model_cfg))
     state = {key: value.detach().cpu() for key, value in clip.state_dict().items()}
     state["token_embedding.weight"] = state["token_embedding.weight"][token_ids]
     tensors = {key: (v.half() if v.is_floating_point() else v).contiguous() for key, v in state.items()}
@@ -242,7 +238,4 @@ def export_clip(
         "words": json.dumps(words),
     }
     with atomic(path) as temporary:
-        save_file({**tensors, "token_ids": token_ids}, temporary, metadata)
-
-
-__all__ = ["Contrastive", "export_clip", "normalize", "rescale", "soft_contrastive_loss", "tokenize"]
+        temporary.write_bytes(save({**tensors, "token_ids": token_ids}, metadata))

@@ -158,6 +158,18 @@ class Diffusion(lightning.LightningModule):
         """A checkpoint says what it is: the resolved config travels with the weights."""
         checkpoint["config"] = self.config
 
+    def describe(self) -> dict[str, str]:
+        """What a person wants to know before the run, by heading."""
+        network, denoiser = self.denoiser.network, self.denoiser
+        count = sum(p.numel() for p in network.parameters())
+        low, high = denoiser.schedule.snr(torch.tensor([1.0, 1 / denoiser.schedule.T], dtype=torch.float64)).tolist()
+        return {
+            "network": f"{type(network).__name__}, {count:,} parameters",
+            "schedule": f"{type(denoiser.schedule).__name__}, T = {denoiser.schedule.T}, SNR {high:.3g} to {low:.3g}",
+            "predicts": denoiser.target,
+            "condition": "none",
+        }
+
     # Sampling -------------------------------------------------------------------------------------------------------
 
     @property
@@ -267,6 +279,10 @@ class ClassifierFreeDiffusion(Diffusion):
         if stage == "fit":
             datamodule: Any = getattr(self.trainer, "datamodule", None)
             self.conditioner.prepare(datamodule.table)
+
+    def describe(self) -> dict[str, str]:  # noqa: D102
+        dropped = f"dropped for {self.drop_prob:.0%} of the samples, guidance weight w = {self.weight}"
+        return {**super().describe(), "condition": f"{self.conditioner.describe()}; {dropped}"}
 
     def training_condition(self, batch: Mapping[str, Tensor], rng: torch.Generator) -> Tensor:  # noqa: D102
         cond = self.conditioner.drop(self.conditioner.lookup(batch), self.drop_prob, rng)

@@ -62,8 +62,9 @@ class Sampler(ABC):
         2305.08891).
         """
         n = self.steps or T
-        times = torch.arange(n, -1, -1, dtype=torch.float64) / n
-        return (times * T).round() / T if n <= T else times
+        # Multiplied before it is divided: halves stay halves, and all machines round them alike.
+        entries = torch.arange(n, -1, -1, dtype=torch.float64) * T / n
+        return (entries.round() if n <= T else entries) / T
 
     @abstractmethod
     def step(self, denoiser: "Conditioned", x_t: Tensor, t: Tensor, s: Tensor, rng: ImageRNG) -> tuple[Tensor, Tensor]:

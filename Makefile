@@ -1,0 +1,37 @@
+# Every target sets up what it needs: a machine with Python 3.11 or newer and make is enough.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(READY) ## train a small text-to-image model on drawn flowers and draw from it (minutes, no account)
+	$(BIN)/python train.py experiment=demo hydra.run.dir=runs/demo $(DEMO)
+	$(BIN)/python sample.py ckpt=runs/demo/checkpoints/last.ckpt hydra.run.dir=runs/demo/drawn gif=true guidance.weight=2 \
+	  num_images=4 prompts='[a red rose, two white daisies, three yellow sunflowers, a purple tulip]'
+
+test: $(READY) ## the default test suite
+	$(BIN)/python -m pytest
+
+test-slow: $(READY) ## the tests that need minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY) ## ratios against peers, each in one process
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean: ## remove the environment
+	rm -rf .venv
+
+# uv installs the hashed pins in seconds, from the index that pip is configured for; anew when the pins change.
+$(READY): requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Anther needs Python 3.11 or newer: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements-uv.txt
+	index=$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}; \
+	  $(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes $${index:+--index-url "$$index"} requirements.txt
+	touch $(READY)

@@ -1,0 +1,55 @@
+"""What a run was and what came out of it, for the loggers."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+LOSSES = {"train": "train/loss_epoch", "val": "val/loss"}
+
+
+class RunRecord(Callback):
+    """Gives the loggers the resolved config with `number_of_parameters`, and W&B a summary of the run.
+
+    The summary holds `final_train_loss`, `final_val_loss`, `best_train_loss`, `best_val_loss`, `total_epochs` and
+    `total_batches`.
+    """
+
+    def __init__(self) -> None:
+        self._best: dict[str, float] = {}
+        self._batches = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        count = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        config: dict[str, Any] = getattr(pl_module, "config", {})
+        for logger in trainer.loggers:
+            logger.log_hyperparams({**config, "number_of_parameters": count})
+
+    def on_train_batch_end(self, *_: Any) -> None:  # noqa: D102
+        self._batches += 1
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        # The epoch's mean of the training loss is there only after this hook, so it is read one epoch later.
+        self._note(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        self._note(trainer)
+        metrics = trainer.callback_metrics
+        summary: dict[str, Any] = {f"final_{n}_loss": float(metrics[k]) for n, k in LOSSES.items() if k in metrics}
+        summary |= {f"best_{name}_loss": value for name, value in self._best.items()}
+        summary |= {"total_epochs": trainer.current_epoch, "total_batches": self._batches}
+        for logger in trainer.loggers:
+            if type(logger).__name__ == "WandbLogger" and trainer.is_global_zero:
+                logger.experiment.summary.update(summary)  # type: ignore[attr-defined]
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        return {"best": dict(self._best), "batches": self._batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+        self._best, self._batches = dict(state_dict["best"]), state_dict["batches"]
+
+    def _note(self, trainer: Trainer) -> None:
+        for name, key in LOSSES.items():
+            if key in trainer.callback_metrics:
+                value = float(trainer.callback_metrics[key])
+                self._best[name] = min(value, self._best.get(name, value))

@@ -1,0 +1,148 @@
+"""Pictures of what the model draws, as training goes on."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from callbacks.drawing import Cell, cells, draw
+from callbacks.ema import averaged
+from diffusion.conditioning.labels import Labels
+from diffusion.errors import AntherError
+from diffusion.files import atomic
+from diffusion.images import grid, save_gif, save_png, to_pil
+from diffusion.loggers import log_picture, log_table
+from diffusion.modules.diffusion import Diffusion
+from diffusion.samplers import Sampler, Step
+
+
+class Trajectory:
+    """A sampler's hook that keeps the way from noise to image.
+
+    Each frame shows x_t and beside it the clean image expected from it; the last frame shows the image twice.
+
+    Args:
+        frames: how many to keep at most, evenly spaced.
+    """
+
+    def __init__(self, frames: int = 40) -> None:
+        self.frames = frames
+        self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def __call__(self, step: Step) -> None:
+        """Keeps the step if it is one of the wanted ones; batches drawn one after the other are joined."""
+        if step.number % -(-step.steps // self.frames) == 0:
+            self._kept.setdefault(step.number, []).append((step.x_t.cpu(), step.x_0.cpu()))
+        if step.number == step.steps - 1:
+            self._kept.setdefault(step.steps, []).append((step.x_s.cpu(), step.x_s.cpu()))
+
+    def pictures(self, columns: int, scale: int = 1) -> list[Tensor]:
+        """The frames, each (C, H, W) in [-1, 1], laid out like the grid of the images."""
+        pictures = []
+        for _, parts in sorted(self._kept.items()):
+            noisy, clean = (torch.cat(side).float().clamp(-1, 1) for side in zip(*parts, strict=True))
+            pictures.append(torch.cat([grid(noisy, columns, scale=scale), grid(clean, columns, scale=scale)], 2))
+        return pictures
+
+
+class SampleGrid(Callback):
+    """Draws the same seeds and prompts every few epochs and at the end of the fit, with the averaged weights.
+
+    Writes `step-000400.png`, a row per guidance weight and a column per image; `step-000400.json`, which says for each
+    cell its row, column, prompt, weight and seed; and `step-000400.gif`, the way from noise to those images. Loggers
+    that hold pictures get `samples_grid`, and W&B the table `sample_prediction`. One process draws, the others wait.
+
+    Args:
+        dirpath: folder of the pictures.
+        prompts: None for a model without a condition.
+        weights: guidance weights; None takes the module's.
+        per_prompt: images per prompt and weight.
+        seed: of the first image.
+        every_n_epochs: how often.
+        gif: which draws also get the animation.
+        sampler: instead of the module's own.
+        batch_size: images at a time.
+        columns: of the grid; None takes the images of one weight.
+        scale: pixels of the picture per pixel of the image.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path,
+        prompts: Sequence[str] | None = None,
+        weights: Sequence[float] | None = None,
+        per_prompt: int = 1,
+        seed: int = 0,
+        every_n_epochs: int = 5,
+        gif: Literal["never", "last", "always"] = "last",
+        sampler: Sampler | None = None,
+        batch_size: int = 64,
+        columns: int | None = None,
+        scale: int = 2,
+    ) -> None:
+        if gif not in ("never", "last", "always"):
+            raise AntherError(f"callbacks.samples.gif is never, last or always, not {gif!r}.")
+        self.dirpath = Path(dirpath)
+        self.prompts, self.weights, self.per_prompt, self.seed = prompts, weights, per_prompt, seed
+        self.every_n_epochs, self.gif = every_n_epochs, gif
+        self.sampler, self.batch_size, self.columns, self.scale = sampler, batch_size, columns, scale
+        self.last_picture: Path | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finds out before the first step whether the prompts can be drawn."""
+        assert isinstance(pl_module, Diffusion)
+        wanted = self._cells(pl_module)
+        if trainer.is_global_zero:
+            pl_module.sampling_condition([str(c.prompt) for c in wanted] if self.prompts else None, len(wanted))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if due and not trainer.sanity_checking and trainer.is_global_zero:
+            self._draw(trainer, pl_module, animate=self.gif == "always")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        if trainer.is_global_zero:
+            with averaged(trainer, pl_module):
+                self._draw(trainer, pl_module, animate=self.gif != "never")
+
+    def _cells(self, module: Diffusion) -> list[Cell]:
+        return cells(module, self.prompts, self.weights, self.per_prompt, self.seed)
+
+    def _draw(self, trainer: Trainer, module: LightningModule, animate: bool) -> None:
+        assert isinstance(module, Diffusion)
+        path = self.dirpath / f"step-{trainer.global_step:06d}.png"
+        if path == self.last_picture and not animate:
+            return
+        wanted = self._cells(module)
+        columns = self.columns or len(wanted) // len(self.weights or [None])
+        trajectory = Trajectory()
+        images = draw(module, wanted, self.batch_size, self.sampler, trajectory if animate else None)
+        picture = grid(images, columns, scale=self.scale)
+        save_png(picture, path)
+        if animate:
+            save_gif(trajectory.pictures(columns, self.scale), path.with_suffix(".gif"))
+        record = {
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "cells": [{"row": k // columns, "column": k % columns, **asdict(c)} for k, c in enumerate(wanted)],
+        }
+        with atomic(path.with_suffix(".json")) as temporary:
+            temporary.write_text(json.dumps(record, indent=1))
+        if path == self.last_picture:
+            return
+        self.last_picture = path
+        log_picture(trainer.loggers, "samples_grid", path, trainer.global_step)
+        what = "Class_Label" if isinstance(module.conditioner, Labels) else "Prompt"
+        log_table(
+            trainer.loggers,
+            "sample_prediction",
+            ["epoch", what, "guidance_weight", "image"],
+            [[trainer.current_epoch, c.prompt, c.weight, to_pil(x)] for c, x in zip(wanted, images, strict=True)],
+            trainer.global_step,
+        )

@@ -1,0 +1,287 @@
+"""Photos in one folder per class: from a folder, an archive, an address, or an asset."""
+
+import csv
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from datamodules.archives import content_root, extract, hidden
+from datamodules.augment import Augment
+from datamodules.base import Array, ImageDataModule, ImageTable, cached_images, content_digest, open_rgb
+from diffusion.assets import cache_dir, download, resolve
+from diffusion.errors import AntherError
+from diffusion.files import sha256
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+ARCHIVES = (".zip", ".tgz", ".tar.gz", ".tar")
+
+
+class FolderImages(ImageDataModule):
+    """Images in `path/{class}/*.jpg`.
+
+    The short side is resized to `short_side` (bicubic, antialiased) and the central square taken, so the aspect never
+    changes. EXIF orientation is honoured, transparency becomes white.
+
+    Args:
+        batch_size: see `ImageDataModule`.
+        seed: see `ImageDataModule`.
+        size: height and width of a batch's images.
+        path: a folder, an archive of it, or the http, https or file address of an archive. Where a folder is missing
+            and an archive of that name lies beside it, the archive is used.
+        asset: name in `diffusion.assets.ASSETS` of an archive, used where `path` is not given.
+        classes: folder names in the order of the labels; by default all folders in alphabetical order.
+        nouns: what one of a class is called in captions, by folder name; by default the folder's name in the singular.
+        captions: template with `{noun}` or, with its article, `{a_noun}`.
+        short_side: side of the decoded squares; more than `size` leaves a margin for random crops.
+        channels: 3 for RGB, 1 for grey.
+        on_corrupt: `refuse` stops at files that cannot be decoded and names them, `skip` names them and goes on.
+        name: for people; by default that of the folder or asset.
+        val_batch_size: see `ImageDataModule`.
+        drop_last: see `ImageDataModule`.
+        num_workers: see `ImageDataModule`.
+        augment: see `ImageDataModule`.
+        split: see `ImageDataModule`.
+        split_seed: see `ImageDataModule`.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        seed: int,
+        size: int,
+        path: str | None = None,
+        asset: str | None = None,
+        classes: Sequence[str] | None = None,
+        nouns: Mapping[str, str] | None = None,
+        captions: str = "A photo of {a_noun}",
+        short_side: int | None = None,
+        channels: int = 3,
+        on_corrupt: Literal["refuse", "skip"] = "refuse",
+        name: str | None = None,
+        val_batch_size: int | None = None,
+        drop_last: bool = True,
+        num_workers: int = 0,
+        augment: Augment | None = None,
+        split: Mapping[str, float] | None = None,
+        split_seed: int = 42,
+    ) -> None:
+        if path is None and asset is None:
+            raise AntherError("data.path is not set; give data.path=/path/to/a folder or archive of images.")
+        super().__init__(
+            name=name or asset or _stem(str(path)),
+            image_shape=(channels, size, size),
+            batch_size=batch_size,
+            seed=seed,
+            val_batch_size=val_batch_size,
+            drop_last=drop_last,
+            num_workers=num_workers,
+            augment=augment,
+            split=split,
+            split_seed=split_seed,
+        )
+        self.short_side = size if short_side is None else short_side
+        if channels not in (1, 3):
+            raise AntherError(f"data.channels={channels}, but images are decoded to 3 (RGB) or 1 (grey).")
+        if self.short_side < size:
+            raise AntherError(f"data.short_side={short_side} is less than data.size={size}; make it equal or larger.")
+        if on_corrupt not in ("refuse", "skip"):
+            raise AntherError(f"data.on_corrupt={on_corrupt} is neither refuse nor skip.")
+        self.path, self.asset, self.on_corrupt = path, asset, on_corrupt
+        self.classes = None if classes is None else tuple(classes)
+        self.nouns, self.captions = dict(nouns or {}), captions
+        try:
+            self.caption("flower")
+        except (KeyError, IndexError, ValueError) as error:
+            raise AntherError(f"data.captions={captions!r} may hold {{noun}} and {{a_noun}}, not {error}.") from error
+        self._told: set[str] = set()
+
+    def load(self) -> ImageTable:
+        """See `ImageDataModule`."""
+        root = self.locate()
+        files, labels, class_names = self.find(root)
+        names = [file.relative_to(root).as_posix() for file in files]
+        shape = (self.image_shape[0], self.short_side, self.short_side)
+        content = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        digest = content_digest(["bicubic, centre, white", shape, names, content])
+
+        def decode(row: int) -> Array | None:
+            try:
+                return decode_square(files[row], self.short_side, self.image_shape[0])
+            except MemoryError:
+                raise
+            # What Pillow raises for damaged files depends on the format.
+            except Exception:
+                return None
+
+        images, kept = cached_images(digest, len(files), shape, decode, f"decoding {self.name}")
+        self._judge([files[row] for row in sorted(set(range(len(files))) - set(kept))])
+        if missing := set(range(len(class_names))) - {labels[row] for row in kept}:
+            empty = ", ".join(class_names[label] for label in sorted(missing))
+            raise AntherError(f"no image of {empty} in {root} can be decoded; replace them or change data.classes.")
+        captions = [self.caption(class_name) for class_name in class_names]
+        return ImageTable(
+            images=images,
+            labels=torch.tensor([labels[row] for row in kept]),
+            class_names=tuple(class_names),
+            names=tuple(names[row] for row in kept),
+            captions=tuple(captions[labels[row]] for row in kept),
+            digest=digest,
+            files=tuple(files[row] for row in kept),
+        )
+
+    def locate(self) -> Path:
+        """The folder that holds the class folders, downloaded and unpacked where that is needed.
+
+        Raises:
+            AntherError: there is nothing at `path`.
+        """
+        if self.path is None:
+            assert self.asset is not None
+            return self._unpacked(resolve(self.asset))
+        if "://" in self.path:
+            key = hashlib.sha256(self.path.encode()).hexdigest()[:16]
+            archive = cache_dir() / "downloads" / f"{key}-{self.path.split('?')[0].rsplit('/', 1)[-1]}"
+            if not archive.is_file():
+                download(self.path, archive)
+            return self._unpacked(archive)
+        path = Path(self.path).expanduser().absolute()
+        beside = [path.with_name(path.name + suffix) for suffix in ARCHIVES]
+        for candidate in [path, *beside]:
+            if candidate.is_dir():
+                return content_root(candidate)
+            if candidate.is_file():
+                return self._unpacked(candidate)
+        raise AntherError(
+            f"the images are not there: neither {path} nor {beside[0].name} beside it exists; give "
+            f"data.path=/path/to/{beside[0].name} (a folder, an archive or an address), or choose data=flowers210, "
+            "which is fetched by itself."
+        )
+
+    def _unpacked(self, archive: Path) -> Path:
+        return extract(archive, cache_dir() / "data" / f"{_stem(archive.name)}-{sha256(archive)[:16]}")
+
+    def find(self, root: Path) -> tuple[list[Path], list[int], list[str]]:
+        """The files in the order of the table, their labels, and the names of the classes.
+
+        Raises:
+            AntherError: a class folder is missing or empty, or there is none.
+        """
+        folders = sorted(path.name for path in root.iterdir() if path.is_dir() and not hidden(path.name))
+        if not folders:
+            raise AntherError(
+                f"{root} holds no class folders; put the images into {root}/CLASS/, one folder per class."
+            )
+        class_names = list(self.classes) if self.classes else folders
+        if missing := [name for name in class_names if name not in folders]:
+            raise AntherError(
+                f"{root} has no folder for {', '.join(missing)}; it has {', '.join(folders)}: correct data.classes."
+            )
+        files: list[Path] = []
+        labels: list[int] = []
+        for label, class_name in enumerate(class_names):
+            found = sorted(
+                (path for path in (root / class_name).rglob("*") if path.suffix.lower() in SUFFIXES),
+                key=lambda path: path.relative_to(root).as_posix(),
+            )
+            found = [path for path in found if not any(map(hidden, path.relative_to(root).parts)) and path.is_file()]
+            if not found:
+                raise AntherError(
+                    f"the class folder {root / class_name} holds no images ({', '.join(sorted(SUFFIXES))}); fill it "
+                    "or leave it out of data.classes."
+                )
+            files += found
+            labels += [label] * len(found)
+        return files, labels, class_names
+
+    def caption(self, class_name: str) -> str:
+        """The caption of an image of a class."""
+        noun = self.nouns.get(class_name) or singular(class_name.replace("_", " "))
+        article = "an" if noun[0].lower() in "aeiou" else "a"
+        return self.captions.format(noun=noun, a_noun=f"{article} {noun}")
+
+    def _judge(self, corrupt: list[Path]) -> None:
+        if not corrupt:
+            return
+        shown = ", ".join(map(str, corrupt[:10])) + (f" and {len(corrupt) - 10} more" if len(corrupt) > 10 else "")
+        if self.on_corrupt == "refuse":
+            raise AntherError(
+                f"{len(corrupt)} of the image files cannot be decoded: {shown}; replace them, or go on without them "
+                "with data.on_corrupt=skip."
+            )
+        if shown not in self._told:
+            self._told.add(shown)
+            logging.getLogger(__name__).warning("skipped %d files that cannot be decoded: %s", len(corrupt), shown)
+
+
+class Flowers210(FolderImages):
+    """210 photos of flowers, 128 px, ten species, with their labels in `flower_labels.csv`.
+
+    Small, and to be had wherever a package index is. The order of the species is that of the data set's page (O.
+    Belitskaya, "Flower Color Images", Kaggle, 2018): phlox, rose, calendula, iris, Leucanthemum maximum, bellflower,
+    viola, Rudbeckia laciniata, peony, aquilegia.
+    """
+
+    SPECIES = (
+        "phlox",
+        "rose",
+        "calendula",
+        "iris",
+        "shasta_daisy",
+        "bellflower",
+        "viola",
+        "rudbeckia",
+        "peony",
+        "aquilegia",
+    )
+
+    def find(self, root: Path) -> tuple[list[Path], list[int], list[str]]:
+        """See `FolderImages`; the labels come from the table beside the images."""
+        table = next(iter(sorted(root.rglob("flower_labels.csv"))), None)
+        if table is None:
+            raise AntherError(f"{root} holds no flower_labels.csv; leave data.path out to have the archive fetched.")
+        class_names = list(self.classes or self.SPECIES)
+        if unknown := set(class_names) - set(self.SPECIES):
+            raise AntherError(f"data.classes has {', '.join(sorted(unknown))}; choose from {', '.join(self.SPECIES)}.")
+        files: list[Path] = []
+        labels: list[int] = []
+        with table.open(newline="") as file:
+            for record in csv.DictReader(file):
+                species = self.SPECIES[int(record["label"])]
+                if species in class_names:
+                    files.append(table.parent / record["file"])
+                    labels.append(class_names.index(species))
+        if absent := [file for file in files if not file.is_file()]:
+            raise AntherError(f"{table} names {absent[0].name}, which is not there; get the archive again.")
+        return files, labels, class_names
+
+
+def decode_square(path: Path, side: int, channels: int) -> Array:
+    """The central square of an image whose short side becomes `side`: uint8 (channels, side, side)."""
+    from PIL import Image
+
+    image = open_rgb(path)
+    width, height = image.size
+    short = min(width, height)
+    # Cutting first gives the square of resizing first, without rounding the long side.
+    left, top = (width - short) // 2, (height - short) // 2
+    square = image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + short, top + short))
+    pixels = np.asarray(square.convert("L"))[..., None] if channels == 1 else np.asarray(square)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def singular(noun: str) -> str:
+    """One of an English plural: roses -> rose, daisies -> daisy; iris and grass stay."""
+    if noun.endswith("ies"):
+        return noun[:-3] + "y"
+    return noun if not noun.endswith("s") or noun.endswith(("ss", "is", "us")) else noun[:-1]
+
+
+def _stem(path: str) -> str:
+    name = path.split("?")[0].rstrip("/").rsplit("/", 1)[-1]
+    return next((name.removesuffix(suffix) for suffix in ARCHIVES if name.endswith(suffix)), name)

@@ -1,0 +1,26 @@
+"""Checkpoints that are whole or absent."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from diffusion.files import atomic
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames, so that a killed save leaves the previous checkpoint as it was.
+
+    Lightning's own writer goes through a file in the system's temporary folder and moves it, which across file systems
+    is a copy: a kill in its middle leaves half a `last.ckpt`. It also holds the whole checkpoint in memory once more.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Saves a checkpoint.
+
+        Raises:
+            AntherError: no space, or a folder that cannot be written.
+        """
+        with atomic(path) as temporary:
+            torch.save(checkpoint, temporary)

@@ -1,0 +1,88 @@
+"""What the entry points share before they import torch: how they end, and whether there is anything left to do."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusion.errors import AntherError
+from diffusion.files import atomic
+
+RESULT = "result.json"
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Runs an entry point; a fault that the user can mend ends it with one sentence and status 1.
+
+    With HYDRA_FULL_ERROR=1 in the environment the whole trace is shown instead.
+    """
+    wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print the trace itself and end the process
+    try:
+        main()
+    except Exception as error:
+        message = None if wants_trace else _sentence(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _sentence(error: BaseException) -> str | None:
+    """What to tell the user, or None for a fault that is ours."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    chain = list(_causes(error))
+    for cause in chain:
+        if isinstance(cause, AntherError):
+            return str(cause)
+    for cause in chain:
+        if isinstance(cause, HydraException | OmegaConfBaseException):
+            return " ".join(str(cause).split())
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def read_result(folder: Path, trainer: Mapping[str, Any]) -> float | None:
+    """The objective of a run that has nothing left to do, else None.
+
+    Args:
+        folder: of the run.
+        trainer: its config; a run is finished when it made the steps or epochs that are asked for now.
+
+    Raises:
+        AntherError: the record cannot be read.
+    """
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        steps, epochs, objective = record["steps"], record["epochs"], record["objective"]
+    except (OSError, ValueError, KeyError) as error:
+        raise AntherError(f"{path} is damaged: delete it to go on from the run's last checkpoint.") from error
+    wanted_steps, wanted_epochs = trainer.get("max_steps", -1), trainer.get("max_epochs")
+    by_steps = wanted_steps is not None and 0 <= wanted_steps <= steps
+    by_epochs = wanted_epochs is not None and 0 <= wanted_epochs <= epochs
+    if not (by_steps or by_epochs):
+        return None
+    print(
+        f"{folder} is finished: {steps} steps, {epochs} epochs, {record['metric']} = {objective:.4g}. To train longer "
+        "raise trainer.max_steps or trainer.max_epochs; to train anew choose another hydra.run.dir."
+    )
+    return float(objective)
+
+
+def write_result(folder: Path, metric: str, objective: float, steps: int, epochs: int) -> None:
+    """Records that a run is finished."""
+    record = {"metric": metric, "objective": objective, "steps": steps, "epochs": epochs}
+    with atomic(folder / RESULT) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,109 @@
+"""One run of sample.py: images from a checkpoint, with the record of how each was made."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from diffusion.build import build
+from diffusion.checkpoint import load_model
+from diffusion.errors import AntherError
+from diffusion.files import atomic
+from diffusion.images import grid, save_gif, save_png, sheet
+from diffusion.samplers import Sampler, Step
+
+FRAMES = 50  # of a GIF
+
+
+def draw(config: Mapping[str, Any], folder: Path) -> None:
+    """Draws what the config asks for into the folder and says where it is.
+
+    Args:
+        config: that of conf/sample.yaml, resolved.
+        folder: of the run.
+
+    Raises:
+        AntherError: any fault that the user can mend.
+    """
+    per_prompt, prompts = config["num_images"], config["prompts"]
+    if per_prompt < 1:
+        raise AntherError(f"num_images counts images, so it is 1 or more, not {per_prompt}.")
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if prompts is not None and not prompts:
+        raise AntherError("prompts is an empty list: name at least one, as in prompts='[a red rose]', or leave it out.")
+    model = load_model(config["ckpt"]).to(pick_device(config["device"]))
+    sampler: Sampler = build(config["sampler"])
+    texts = None if prompts is None else [str(prompt) for prompt in prompts for _ in range(per_prompt)]
+    count = per_prompt if texts is None else len(texts)
+    seeds = [config["seed"] + k for k in range(count)]
+    weight, size = config["guidance"]["weight"], config["batch_size"]
+
+    frames: list[list[Tensor]] = []
+    images: list[Tensor] = []
+    started = time.perf_counter()
+    for start in track(range(0, count, size), description="drawing"):
+        rows = slice(start, start + size)
+        recorder = Recorder() if config["gif"] else None
+        drawn = model.sample(None if texts is None else texts[rows], seeds[rows], weight, sampler, recorder)
+        images.append(drawn.float().cpu())
+        if recorder is not None:
+            frames.append(recorder.frames)
+    seconds = time.perf_counter() - started
+
+    every = torch.cat(images)
+    columns = per_prompt if texts is not None and per_prompt > 1 else max(1, round(count**0.5))
+    captions = texts if texts is not None else [f"seed {seed}" for seed in seeds]
+    with atomic(folder / "grid.png") as temporary:
+        sheet(every, captions, columns).save(temporary, format="PNG")
+    records = []
+    for k, image in enumerate(every):
+        name = f"images/{k:05d}.png"
+        save_png(image, folder / name)
+        records.append({"id": k, "prompt": texts[k] if texts else None, "seed": seeds[k], "file": name})
+    protocol = {"ckpt": str(config["ckpt"]), "sampler": config["sampler"], "guidance_weight": weight}
+    with atomic(folder / "samples.json") as temporary:
+        temporary.write_text(json.dumps({"protocol": protocol, "images": records}, indent=2) + "\n")
+    if config["gif"]:
+        save_gif(
+            [grid(torch.cat(parts), columns, scale=3) for parts in zip(*frames, strict=True)], folder / "trajectory.gif"
+        )
+
+    print(f"{count} images in {seconds:.1f} s: {folder / 'grid.png'}")
+    print(f"single images {folder / 'images'}, how each was made {folder / 'samples.json'}")
+    if config["gif"]:
+        print(f"from noise to image {folder / 'trajectory.gif'}")
+
+
+class Recorder:
+    """A sampler's hook that keeps x_t along the way, evenly spaced, and the final image."""
+
+    def __init__(self) -> None:
+        self.frames: list[Tensor] = []
+
+    def __call__(self, step: Step) -> None:
+        """Keeps at most `FRAMES` frames of a run, whatever its number of steps."""
+        every = -(-step.steps // FRAMES)
+        if step.number % every == 0:
+            self.frames.append(step.x_t.float().cpu())
+        if step.number == step.steps - 1:
+            self.frames.append(step.x_s.float().cpu())
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is the first GPU, or the CPU.
+
+    Raises:
+        AntherError: a device that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise AntherError(f"this machine has no device {name!r}: set device=cpu or device=auto.") from error

@@ -1,0 +1,110 @@
+"""One run of train.py: build the parts, say what will happen, fit, and say where everything is."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.utilities import rank_zero_only
+
+from diffusion import checkpoint
+from diffusion.build import build
+from diffusion.cli import write_result
+from diffusion.errors import AntherError
+
+
+def train(config: dict[str, Any], folder: Path) -> float:
+    """Trains what the config describes, going on from the folder's last checkpoint if there is one.
+
+    Args:
+        config: resolved, plain.
+        folder: of the run.
+
+    Returns:
+        The metric named `objective`, at the end.
+
+    Raises:
+        AntherError: any fault that the user can mend.
+    """
+    # Its device list and its advertisements; warnings stay.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    lightning.seed_everything(config["seed"], workers=True, verbose=False)
+    resume = _resume_from(folder, config)
+    datamodule = build(config["data"])
+    module = build(config["module"])
+    module.config = config
+    trainer = build(
+        config["trainer"],
+        callbacks=[build(node) for node in (config.get("callbacks") or {}).values() if node],
+        logger=[build(node) for node in (config.get("logger") or {}).values() if node],
+    )
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    _announce(config, datamodule, module, trainer, resume, folder)
+    trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
+    if trainer.fast_dev_run:
+        return 0.0
+    if trainer.interrupted:
+        raise AntherError(f"stopped by the user: the same command with hydra.run.dir={folder} goes on from here.")
+    objective = _objective(trainer, module, datamodule, config["objective"])
+    if trainer.is_global_zero:
+        datamodule.save_splits(folder / "splits.json")
+        write_result(folder, config["objective"], objective, trainer.global_step, trainer.current_epoch)
+    _farewell(config, objective, folder)
+    return objective
+
+
+def _resume_from(folder: Path, config: Mapping[str, Any]) -> Path | None:
+    """The run's own last checkpoint, else the one that `ckpt` names, else None."""
+    last = folder / "checkpoints" / "last.ckpt"
+    path = last if last.exists() else Path(config["ckpt"]) if config["ckpt"] else None
+    if path is not None:
+        checkpoint.check_fits(checkpoint.read(path), config, path)
+    return path
+
+
+def _objective(trainer: lightning.Trainer, module: Any, datamodule: Any, metric: str) -> float:
+    metrics: dict[str, Any] = dict(trainer.callback_metrics)
+    if metric not in metrics:
+        # The run ended between two validations.
+        metrics |= trainer.validate(module, datamodule, verbose=False)[0]
+    if metric not in metrics:
+        known = ", ".join(sorted(metrics))
+        raise AntherError(f"the objective {metric!r} was never logged; set objective to one of: {known}.")
+    return float(metrics[metric])
+
+
+@rank_zero_only
+def _announce(
+    config: Mapping[str, Any],
+    datamodule: Any,
+    module: Any,
+    trainer: lightning.Trainer,
+    resume: Path | None,
+    folder: Path,
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    rows = {"run": config["name"], "data": datamodule.describe(), **module.describe()}
+    limit = f"{trainer.max_steps} steps" if trainer.max_steps >= 0 else f"{trainer.max_epochs} epochs"
+    rows["training"] = f"{limit}, precision {trainer.precision}, seed {config['seed']}"
+    rows["devices"] = f"{trainer.num_devices * trainer.num_nodes} x {trainer.strategy.root_device.type}"
+    rows["goes on from"] = str(resume) if resume else "nothing"
+    rows["folder"] = str(folder)
+    for key, value in rows.items():
+        table.add_row(f"[bold]{key}[/]", value)
+    Console(soft_wrap=True).print(table)
+
+
+@rank_zero_only
+def _farewell(config: Mapping[str, Any], objective: float, folder: Path) -> None:
+    print(f"{config['objective']} = {objective:.4g}")
+    for name, what in {"samples": "pictures", "checkpoints": "checkpoints", "logs": "logs", "plots": "plots"}.items():
+        if (folder / name).exists():
+            print(f"{what:12} {folder / name}")
+    last = folder / "checkpoints" / "last.ckpt"
+    if last.exists():
+        print(f"draw with    python sample.py ckpt={last}")

@@ -1,0 +1,23 @@
+"""Draws images from a checkpoint: `python sample.py ckpt=... prompts='[a red rose]'`; `--help` says more."""
+
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from diffusion import cli
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="sample")
+def main(cfg: DictConfig) -> None:
+    """Composes and draws."""
+    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(config, dict)
+    from diffusion.drawing import draw
+
+    draw({str(key): value for key, value in config.items()}, Path(HydraConfig.get().runtime.output_dir))
+
+
+if __name__ == "__main__":
+    cli.run(main)

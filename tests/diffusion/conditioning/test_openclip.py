@@ -1,0 +1,256 @@
+import json
+import logging
+import os
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion.conditioning import openclip
+from diffusion.conditioning.openclip import clip_config, find_clip, load_clip, resolve_open_clip
+from diffusion.errors import AntherError
+from diffusion.files import sha256
+
+
+@pytest.fixture
+def pictures():
+    rng = np.random.default_rng(0)
+    sizes = [(20, 20), (40, 24), (18, 30), (16, 16), (25, 25)]
+    images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    return [*images, images[0].convert("L")]
+
+
+def test_images_and_texts_equal_plain_open_clip(reference, pictures):
+    path, images, texts = reference
+    clip = load_clip("tiny", str(path))
+    assert (clip.dim, clip.image_size, clip.name) == (12, 16, f"tiny/{path}")
+    torch.testing.assert_close(clip.encode_images(pictures), images([p.convert("RGB") for p in pictures]))
+    prompts = ["a photo of a red rose", "Two  white daisies", "", "rose, rose, rose"]
+    torch.testing.assert_close(clip.encode_texts(prompts), texts(prompts))
+    assert clip.encode_texts(prompts).dtype == torch.float32
+    norms = clip.encode_texts(prompts).norm(dim=1)
+    assert (norms - 1).abs().min() > 1e-3, "embeddings must not be normalised"
+
+
+def test_batches_are_cut_and_put_together_in_order(reference, pictures, monkeypatch):
+    path, images, _ = reference
+    monkeypatch.setattr(openclip, "_BATCH", 4)
+    torch.testing.assert_close(load_clip("tiny", str(path)).encode_images(pictures[:5]), images(pictures[:5]))
+    assert load_clip("tiny", str(path)).encode_images([]).shape == (0, 12)
+    assert load_clip("tiny", str(path)).encode_texts([]).shape == (0, 12)
+
+
+def test_frozen_float32_and_usable_in_training_and_under_autocast(reference):
+    clip = load_clip("tiny", str(reference[0]))
+    assert not any(p.requires_grad for p in clip._network.parameters())
+    assert not clip._network.training
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = clip.encode_texts(["a red rose"])
+    assert torch.equal(rows, clip.encode_texts(["a red rose"]))
+    torch.nn.Linear(12, 1)(rows).sum().backward()  # would fail on inference tensors
+
+
+def test_hash_is_of_the_file(write_clip):
+    path, _ = write_clip()
+    other, _ = write_clip(seed=1)
+    assert load_clip("tiny", str(path)).weights_hash == sha256(path)
+    assert find_clip("tiny", str(path)).identity != find_clip("tiny", str(other)).identity
+
+
+def test_half_precision_files_are_read_as_float32(write_clip, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    path, _ = write_clip()
+    state = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(state, tmp_path / "half.safetensors", metadata=metadata)
+    half = load_clip("tiny", str(tmp_path / "half.safetensors"))
+    rows = half.encode_texts(["a red rose"])
+    assert rows.dtype == torch.float32
+    assert next(half._network.parameters()).dtype == torch.float32
+    torch.testing.assert_close(rows, load_clip("tiny", str(path)).encode_texts(["a red rose"]), rtol=0.02, atol=0.02)
+
+
+def test_words_outside_the_vocabulary_are_named(reference):
+    clip = load_clip("tiny", str(reference[0]))
+    with pytest.raises(AntherError) as error:
+        clip.encode_texts(["a red rose", "a blue TULIP and a rose"])
+    message = str(error.value)
+    assert all(f"'{word}'" in message for word in ("blue", "tulip", "and"))
+    assert "'rose'" not in message
+    assert "daisies" in message, "the known words are listed"
+
+
+def test_the_name_must_be_the_files(reference):
+    with pytest.raises(AntherError, match="set model=tiny"):
+        load_clip("ViT-B-32", str(reference[0]))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_local_state_dicts_of_open_clips_own_architectures(tmp_path, suffix, caplog, monkeypatch):
+    # A registered architecture, small enough for a test.
+    import open_clip
+    from safetensors.torch import save_file
+
+    config = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Test-16", config)
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**json.loads(json.dumps(config))).eval()
+    path = tmp_path / f"weights{suffix}"
+    save = save_file if suffix == ".safetensors" else torch.save
+    save(model.state_dict(), path)
+
+    clip = load_clip("Test-16", str(path))
+    with torch.no_grad():
+        expected = model.encode_text(open_clip.get_tokenizer("Test-16")(["any tulip at all"]))
+    torch.testing.assert_close(clip.encode_texts(["any tulip at all"]), expected)
+    assert clip.source.preprocess["mean"][0] == pytest.approx(0.48145466)
+
+    # The same weights under a tag that was trained with the quick GELU are used with it.
+    tags = {"openai": {**open_clip.pretrained._PRETRAINED["ViT-B-32"]["openai"]}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "Test-16", tags)
+    kept = openclip.cache_dir() / "open_clip" / f"Test-16-openai{suffix}"
+    kept.parent.mkdir()
+    path.rename(kept)
+    quick = open_clip.CLIP(**json.loads(json.dumps(config)), quick_gelu=True).eval()
+    quick.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected_quick = quick.encode_text(open_clip.get_tokenizer("Test-16")(["any tulip at all"]))
+    assert not torch.allclose(expected, expected_quick)
+    torch.testing.assert_close(load_clip("Test-16", "openai").encode_texts(["any tulip at all"]), expected_quick)
+
+    with caplog.at_level(logging.WARNING):
+        find_clip("Test-16", str(kept))
+    assert "quickgelu" in caplog.text
+
+    # Weights of another architecture.
+    state = model.state_dict()
+    state["strange.weight"] = state.pop("ln_final.weight")
+    save(state, kept)
+    with pytest.raises(AntherError, match=r"Missing.*ln_final.weight.*Unexpected.*strange.weight"):
+        load_clip("Test-16", str(kept))
+    state = {**model.state_dict(), "text_projection": torch.zeros(16, 5)}
+    save(state, kept)
+    with pytest.raises(AntherError, match="size mismatch for text_projection"):
+        load_clip("Test-16", str(kept))
+
+
+def test_damaged_and_dangerous_files_are_one_sentence(tmp_path, write_clip):
+    class Evil:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path / 'ran'}",))
+
+    torch.save({"weight": Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "noise.bin").write_bytes(b"not a checkpoint")
+    (tmp_path / "noise.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not json, not jso")
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
+        archive.writestr("script/constants.pkl", b"")
+    for name in ("evil.pt", "noise.bin", "noise.safetensors", "script.pt"):
+        with pytest.raises(AntherError) as error:
+            load_clip("ViT-S-32-alt", str(tmp_path / name))
+        assert name in str(error.value)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+    path, _ = write_clip()
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(AntherError, match="fetch it again"):
+        load_clip("tiny", str(path))
+
+
+@pytest.mark.parametrize(
+    ("model", "pretrained", "hint"),
+    [
+        ("ViT-B-33", "openai", "ViT-B-32"),
+        ("anther-flower-32", "openai", "anther-flowers-32"),
+        ("ViT-B-32", "laion2b_s34b_b79", "laion2b_s34b_b79k"),
+        ("ViT-B-32", "/nowhere/weights.pt", "/nowhere/weights.pt"),
+        ("ViT-B-32", "embedded", "anther-flowers-32"),
+        ("hf-hub:some/repo", "openai", "unknown CLIP model"),
+    ],
+)
+def test_unknown_names_give_a_hint(model, pretrained, hint):
+    with pytest.raises(AntherError, match=hint):
+        load_clip(model, pretrained)
+
+
+def test_width_is_known_without_weights():
+    assert clip_config("ViT-B-32", "openai")["embed_dim"] == 512
+    assert clip_config("ViT-L-14", "whatever")["embed_dim"] == 768
+
+
+def test_openai_archives_are_recognised_by_their_published_checksum(tmp_path, monkeypatch):
+    import open_clip
+
+    path = tmp_path / "ViT.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("ViT/constants.pkl", b"")
+    assert not openclip._openai_archive(path)
+    cfg = {
+        **open_clip.pretrained._PRETRAINED["ViT-B-32"]["openai"],
+        "url": f"https://host/models/{sha256(path)}/ViT.pt",
+    }
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED["ViT-B-32"], "openai", cfg)
+    openclip._openai_archive.cache_clear()
+    assert openclip._openai_archive(path)
+    openclip._openai_archive.cache_clear()
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_missing_weights_are_one_sentence_within_seconds(tmp_path, offline, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    # Port 9 refuses at once: what a closed network does for names it cannot resolve.
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    clip_config("ViT-B-32", "openai")  # imports are not what is timed
+    start = time.monotonic()
+    with pytest.raises(AntherError) as error:
+        load_clip("ViT-B-32", "openai")
+    assert time.monotonic() - start < 5
+    message = str(error.value)
+    assert "\n" not in message
+    for part in ("ViT-B-32", "openai", str(tmp_path), "hf download timm/vit_base_patch32_clip_224.openai", "embedded"):
+        assert part in message
+    assert ("HF_HUB_OFFLINE" in message) == offline
+    assert ("refused" in message) != offline
+
+
+def test_the_hubs_cache_is_used_without_a_network(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    repo = tmp_path / "models--laion--CLIP-ViT-B-32-laion2B-s34B-b79K"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    (repo / "snapshots" / "abc").mkdir(parents=True)
+    (repo / "snapshots" / "abc" / "open_clip_pytorch_model.bin").write_bytes(b"weights")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    start = time.monotonic()
+    found = resolve_open_clip("ViT-B-32", "laion2b_s34b_b79k")
+    assert found.read_bytes() == b"weights"
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.skipif(not openclip.EMBEDDED["anther-flowers-32"].is_file(), reason="not trained yet")
+def test_the_embedded_clip_loads_and_is_small():
+    path = openclip.EMBEDDED["anther-flowers-32"]
+    assert path.stat().st_size <= 4 * 2**20
+    clip = load_clip("anther-flowers-32", "embedded")
+    assert clip.image_size == 32
+    assert clip.encode_texts(["a red rose", "two white daisies"]).shape == (2, clip.dim)
+    with pytest.raises(AntherError, match="zeppelin"):
+        clip.encode_texts(["a zeppelin"])

@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+import torch
+
+from diffusion.schedules import Cosine, Linear, Straight, ZeroTerminalSNR
+from diffusion.targets import from_x_0, to_x_0
+from diffusion.weighting import MinSNR, unit
+
+T = 400
+
+
+def levels(schedule):
+    return schedule(torch.arange(1, T + 1, dtype=torch.float64) / T)
+
+
+def published(snr, gamma, target):
+    """The weights of Hang et al., 2023, section 3.4, on each prediction's own mean squared error."""
+    capped = np.minimum(snr, gamma)
+    return {"x0": capped, "eps": capped / snr, "v": capped / (snr + 1)}[target]
+
+
+def test_unit_is_one():
+    assert torch.equal(unit(*levels(Linear(T)), "eps"), torch.ones(T, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0, 20.0])
+@pytest.mark.parametrize("target", ["eps", "x0", "v"])
+@pytest.mark.parametrize("schedule", [Linear(T), Cosine(T)], ids=["linear", "cosine"])
+def test_min_snr_is_the_published_formula(schedule, target, gamma):
+    alpha, sigma = levels(schedule)
+    snr = alpha.numpy() ** 2 / sigma.numpy() ** 2
+    weight = MinSNR(gamma)(alpha, sigma, target)
+    assert weight.dtype == torch.float64
+    np.testing.assert_allclose(weight.numpy(), published(snr, gamma, target), rtol=1e-12)
+    assert snr.max() > gamma > snr.min()  # both sides of the cap were seen
+
+
+@pytest.mark.parametrize("target", ["eps", "x0", "v", "flow"])
+@pytest.mark.parametrize("schedule", [Linear(T), Straight(T)], ids=["linear", "straight"])
+def test_min_snr_is_one_loss_for_every_target(schedule, target):
+    # Weight x (error in the target)^2 must equal min(SNR, gamma) x (error in x_0)^2, whatever the network predicts.
+    alpha, sigma = (level[:-1] for level in levels(schedule))
+    rng = torch.Generator().manual_seed(0)
+    x_0, eps, error = (torch.randn(T - 1, generator=rng, dtype=torch.float64) for _ in range(3))
+    wanted = from_x_0(target, x_0, eps, alpha, sigma)
+    guess = to_x_0(target, wanted + error, alpha * x_0 + sigma * eps, alpha, sigma)
+    expected = (alpha**2 / sigma**2).clamp(max=5) * (guess - x_0) ** 2
+    torch.testing.assert_close(MinSNR(5)(alpha, sigma, target) * error**2, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_min_snr_is_finite_without_signal():
+    alpha, sigma = levels(ZeroTerminalSNR(Linear(T)))
+    for target in ("x0", "v", "flow"):
+        weight = MinSNR(5)(alpha, sigma, target)
+        assert weight.isfinite().all()
+        assert weight[-1] == 0
+    assert MinSNR(5)(alpha, sigma, "eps")[-1] == 1

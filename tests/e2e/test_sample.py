@@ -1,0 +1,71 @@
+"""sample.py as a person runs it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+Call = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, command: Callable[..., object]) -> Path:
+    """A tiny model of the demo, after two steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    tiny = ["data.n_train=32", "data.n_val=8", "data.batch_size=8", "network.down_chs=[32,32,32]", "callbacks=fit"]
+    done = command("train.py", "experiment=demo", *tiny, "trainer.max_steps=2", f"hydra.run.dir={folder}")
+    assert done.returncode == 0, done.stderr  # type: ignore[attr-defined]
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def test_grid_singles_record_and_animation(trained: Path, call: Call, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = call(
+        "sample.py",
+        f"ckpt={trained}",
+        "prompts=[a red rose, two white daisies]",
+        "guidance.weight=2",
+        "sampler=ddim",
+        "sampler.steps=4",
+        "num_images=2",
+        "seed=5",
+        "gif=true",
+    )
+    assert str(folder / "grid.png") in capfd.readouterr().out
+    record = json.loads((folder / "samples.json").read_text())
+    assert [(r["prompt"], r["seed"]) for r in record["images"]] == [
+        ("a red rose", 5),
+        ("a red rose", 6),
+        ("two white daisies", 7),
+        ("two white daisies", 8),
+    ]
+    for row in record["images"]:
+        assert Image.open(folder / row["file"]).size == (32, 32)
+    assert Image.open(folder / "trajectory.gif").n_frames == 5
+
+
+def test_an_image_is_a_function_of_its_seed_in_any_batch_split(trained: Path, call: Call, tmp_path: Path) -> None:
+    common = [f"ckpt={trained}", "prompts=[a red rose]", "sampler=ddpm", "sampler.steps=3"]
+    three = call("sample.py", *common, "num_images=3", "batch_size=2", folder=tmp_path / "three")
+    one = call("sample.py", *common, "num_images=1", "seed=2", folder=tmp_path / "one")
+    pictures = [np.asarray(Image.open(p), dtype=int) for p in (three / "images/00002.png", one / "images/00000.png")]
+    # Equal to rounding of the network's own arithmetic, which may depend on the batch.
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["prompts=[]"], "empty"),
+        ([], "prompts"),
+        (["prompts=[a red rose]", "num_images=0"], "num_images"),
+        (["prompts=[a red rose]", "device=tpu"], "device"),
+        (["prompts=[a steam engine]"], "steam"),
+        (["prompts=[a red rose]", "sampler.eta=2"], "eta"),
+    ],
+)
+def test_bad_input(overrides: list[str], says: str, trained: Path, refused: Callable[..., str], tmp_path: Path) -> None:
+    assert says in refused("sample.py", f"ckpt={trained}", *overrides)
+    assert not list((tmp_path / "run").glob("*.png"))
