@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from diffusion import cli
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="sample")
+@hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="sample")
 def main(cfg: DictConfig) -> None:
     """Composes and draws."""
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)

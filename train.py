@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from diffusion import cli
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="train")
 def main(cfg: DictConfig) -> float:
     """Composes, trains, and returns the objective to a sweep."""
     folder = Path(HydraConfig.get().runtime.output_dir)

@@ -63,12 +63,6 @@ class LastCheckpoint(Checkpoint):
 
     # When to save ---------------------------------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        # With several processes each would stop after another step and wait for the others for ever.
-        if trainer.world_size == 1 and current_thread() is main_thread():
-            self._interrupted = False
-            self._old_handler = signal.signal(signal.SIGINT, self._on_interrupt)
-
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the epoch before this one: only now the plateau scheduler has seen its validation loss."""
         if trainer.current_epoch > 0:
@@ -92,6 +86,8 @@ class LastCheckpoint(Checkpoint):
         """Saves what there is, if it is good and all processes are here."""
         alone = trainer.world_size > 1 and not isinstance(exception, KeyboardInterrupt)
         training = trainer.state.fn == TrainerFn.FITTING and trainer.global_step > 0
+        # Lightning does not tear callbacks down after an error.
+        self._release()
         if isinstance(exception, NonFiniteError) or alone or not training:
             return
         try:
@@ -103,9 +99,12 @@ class LastCheckpoint(Checkpoint):
         log.warning("stopped at step %d; the same command goes on from %s", trainer.global_step, self.last_path)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
-        if self._old_handler is not None:
+        self._release()
+
+    def _release(self) -> None:
+        # When Ctrl-C ends the run, Lightning ignores further ones until it is over; that is left as it is.
+        if signal.getsignal(signal.SIGINT) == self._on_interrupt:
             signal.signal(signal.SIGINT, self._old_handler)
-            self._old_handler = None
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         if self._interrupted:
@@ -164,11 +163,19 @@ class LastCheckpoint(Checkpoint):
         self._loader_state = states[0] if states else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the loader there: Lightning forgets it when a learning rate schedule asked for the number of steps."""
+        """Puts the loader there, and waits for Ctrl-C.
+
+        Lightning forgets the loader's state when a learning rate schedule asked for the number of steps.
+        """
         loader: Any = trainer.train_dataloader
         if self._loader_state is not None:
             loader.load_state_dict(self._loader_state)
         self._loader_state = None
+        # With several processes each would stop after another step and wait for the others for ever. Not earlier than
+        # here: Lightning puts back the handlers that it found at the beginning of the fit.
+        if trainer.world_size == 1 and current_thread() is main_thread():
+            self._interrupted = False
+            self._old_handler = signal.signal(signal.SIGINT, self._on_interrupt)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets a resumed epoch end like any other: while it counts as restarting, no plateau scheduler is asked."""

@@ -184,9 +184,7 @@ def resolve(asset: str | Asset, path: Path | str | None = None) -> Path:
     for candidate in [cached, *_usual_caches(asset)]:
         if not candidate.is_file():
             tried.append(str(candidate))
-        else:
-            return candidate
-        if False:
+        elif _matches(candidate, asset.sha256):
             return candidate
         else:
             tried.append(f"{candidate} (checksum differs, so it was not used)")

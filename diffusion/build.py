@@ -34,7 +34,7 @@ def build(node: Mapping[str, Any], **extra: Any) -> Any:
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, AntherError):
-                raise cause from error
+                raise cause from None
             cause = cause.__cause__
         raise AntherError(f"cannot build {node.get('_target_')}: {' '.join(str(error).split())}") from error
 

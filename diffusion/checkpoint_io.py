@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from diffusion.errors import AntherError
 from diffusion.files import atomic
 
 
@@ -23,4 +24,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             AntherError: no space, or a folder that cannot be written.
         """
         with atomic(path) as temporary:
-            torch.save(checkpoint, temporary)
+            try:
+                torch.save(checkpoint, temporary)
+            except RuntimeError as error:
+                # The archive writer says where in the file it stopped, not why.
+                raise AntherError(
+                    f"cannot write {path} whole: free some space or choose another hydra.run.dir; the checkpoint that "
+                    "lay there is kept."
+                ) from error

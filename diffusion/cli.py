@@ -1,5 +1,6 @@
 """What the entry points share before they import torch: how they end, and whether there is anything left to do."""
 
+import errno
 import json
 import os
 import sys
@@ -11,6 +12,9 @@ from diffusion.errors import AntherError
 from diffusion.files import atomic
 
 RESULT = "result.json"
+
+# Faults of the folder of a run, which Hydra makes before we are asked.
+FOLDER_FAULTS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -42,12 +46,17 @@ def _sentence(error: BaseException) -> str | None:
     for cause in chain:
         if isinstance(cause, HydraException | OmegaConfBaseException):
             return " ".join(str(cause).split())
+    for cause in chain:
+        if isinstance(cause, OSError) and cause.errno in FOLDER_FAULTS:
+            return f"cannot write {cause.filename}: {cause.strerror}; free it or choose another hydra.run.dir."
     return None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
         yield error
+        seen.append(error)
         error = error.__cause__ or error.__context__
 
 

@@ -12,6 +12,7 @@ from diffusion import checkpoint
 from diffusion.build import build
 from diffusion.cli import write_result
 from diffusion.errors import AntherError
+from diffusion.modules.diffusion import Diffusion
 
 
 def train(config: dict[str, Any], folder: Path) -> float:
@@ -36,8 +37,8 @@ def train(config: dict[str, Any], folder: Path) -> float:
     module.config = config
     trainer = build(
         config["trainer"],
-        callbacks=[build(node) for node in (config.get("callbacks") or {}).values() if node],
-        logger=[build(node) for node in (config.get("logger") or {}).values() if node],
+        callbacks=_parts(config.get("callbacks")),
+        logger=_parts(config.get("logger")),
     )
     datamodule.prepare_data()
     datamodule.setup("fit")
@@ -51,8 +52,13 @@ def train(config: dict[str, Any], folder: Path) -> float:
     if trainer.is_global_zero:
         datamodule.save_splits(folder / "splits.json")
         write_result(folder, config["objective"], objective, trainer.global_step, trainer.current_epoch)
-    _farewell(config, objective, folder)
+    _farewell(config, module, objective, folder)
     return objective
+
+
+def _parts(group: Mapping[str, Any] | None) -> list[Any]:
+    """The parts of a group; what an experiment says of a part that the chosen group does not have is left aside."""
+    return [build(node) for node in (group or {}).values() if node and "_target_" in node]
 
 
 def _resume_from(folder: Path, config: Mapping[str, Any]) -> Path | None:
@@ -100,11 +106,12 @@ def _announce(
 
 
 @rank_zero_only
-def _farewell(config: Mapping[str, Any], objective: float, folder: Path) -> None:
+def _farewell(config: Mapping[str, Any], module: Any, objective: float, folder: Path) -> None:
     print(f"{config['objective']} = {objective:.4g}")
+    print(f"everything   {folder}")
     for name, what in {"samples": "pictures", "checkpoints": "checkpoints", "logs": "logs", "plots": "plots"}.items():
         if (folder / name).exists():
             print(f"{what:12} {folder / name}")
     last = folder / "checkpoints" / "last.ckpt"
-    if last.exists():
+    if last.exists() and isinstance(module, Diffusion):
         print(f"draw with    python sample.py ckpt={last}")

@@ -121,7 +121,7 @@ class ClipModel:
 
     def _encode(self, tower: Any, inputs: Iterable[Tensor]) -> Tensor:
         rows, waiting = [torch.zeros(0, self.dim, device=self.device)], []
-        # Not inference_mode: its tensors could not be inputs of a layer in training. Callers may be under autocast.
+        # Callers may be under autocast; embeddings are float32 wherever they are made.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             for item in inputs:
                 waiting.append(item)

@@ -2,7 +2,6 @@
 
 import csv
 import zipfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -145,8 +144,7 @@ def match_rows(names: Sequence[str], paths: Sequence[str]) -> list[int | None]:
         for tail, k in mine.items():
             if found[k] is None:
                 found[k] = position.get(tail)
-    taken = Counter(found)
-    return [row if taken[row] == 1 else None for row in found]
+    return found
 
 
 def _unique_tails(paths: Sequence[tuple[str, ...]], depth: int | None) -> dict[tuple[str, ...], int]:

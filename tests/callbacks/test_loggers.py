@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 
 from callbacks.checkpoints import LastCheckpoint
 from callbacks.progress import ProgressLines, progress
@@ -55,12 +56,12 @@ def test_a_resumed_run_goes_on_in_the_same_file_without_repeated_steps(tmp_path)
         t.fit(module(), datamodule=Dots(), ckpt_path=ckpt, weights_only=True)
         return rows(log.path)
 
-    uninterrupted = fit(tmp_path / "whole", 4)
+    uninterrupted = fit(tmp_path / "whole", 3)
     fit(tmp_path, 2)
     resume_from = (tmp_path / "last.ckpt").read_bytes()
-    fit(tmp_path, 3, tmp_path / "last.ckpt")  # logged up to step 11 ...
+    fit(tmp_path, 4, tmp_path / "last.ckpt")  # logged up to step 15 ...
     (tmp_path / "last.ckpt").write_bytes(resume_from)  # ... and then killed before it could save
-    resumed = fit(tmp_path, 4, tmp_path / "last.ckpt")
+    resumed = fit(tmp_path, 3, tmp_path / "last.ckpt")
     assert resumed == uninterrupted
 
 
@@ -82,8 +83,6 @@ def test_loss_by_time_is_the_mean_of_its_part(tmp_path):
         assert float(t.callback_metrics[f"val/loss_by_t/{(k + 0.5) / 5:.2f}"]) == pytest.approx(
             float(inside.mean()), rel=1e-5
         )
-    from PIL import Image
-
     assert Image.open(tmp_path / "val_loss_by_t.png").size == (600, 400)
 
 
@@ -137,6 +136,7 @@ def no_account(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
 
 
@@ -170,7 +170,7 @@ def test_what_wandb_holds(no_account, monkeypatch, tmp_path, capsys):
     finish(t.loggers)
 
     (file,) = (tmp_path / "logs" / "wandb").glob("offline-run-*/*.wandb")
-    config, summary, history, run = {}, {}, [], None
+    config, summary, history, artifact, run = {}, {}, [], {}, None
     for record in whole(file):
         match record.WhichOneof("record_type"):
             case "run":
@@ -182,6 +182,8 @@ def test_what_wandb_holds(no_account, monkeypatch, tmp_path, capsys):
                 summary |= items(record.summary.update)
             case "history":
                 history.append(items(record.history.item))
+            case "artifact":
+                artifact |= {entry.path: Path(entry.local_path) for entry in record.artifact.manifest.contents}
     assert run.project == "anther-test"
     assert run.run_id == (tmp_path / "logs" / "wandb_id").read_text()
     assert config["schedule"] == {"T": 10}
@@ -202,7 +204,11 @@ def test_what_wandb_holds(no_account, monkeypatch, tmp_path, capsys):
     assert [row[:3] for row in held["data"]] == [
         [1, "a daisy", 0.0], [1, "roses", 0.0], [1, "a daisy", 2.0], [1, "roses", 2.0]
     ]  # fmt: skip
-    assert all((folder / row[3]["path"]).exists() for row in held["data"])
+    # The table's pictures travel in the artifact of the table.
+    (full,) = (path for name, path in artifact.items() if name.endswith(".table.json"))
+    pictures = [artifact[row[3]["path"]] for row in json.loads(full.read_text())["data"]]
+    assert [Image.open(path).size for path in pictures] == [(8, 8)] * 4
+    assert len({path.read_bytes() for path in pictures}) == 4
     assert summary["final_val_loss"] == pytest.approx(by_name["val/loss"][-1])
     assert summary["best_val_loss"] == pytest.approx(min(by_name["val/loss"]))
     assert summary["best_train_loss"] == pytest.approx(min(by_name["train/loss_epoch"]))

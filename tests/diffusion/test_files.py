@@ -20,21 +20,26 @@ def test_a_finished_file_takes_its_name(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def fail(temporary, error):
+    temporary.write_text("half of the new")
+    raise error
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError(errno.ENOSPC, "full")])
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "model.pt"
     path.write_text("old")
     kind = AntherError if isinstance(error, OSError) else error
     with pytest.raises(kind), atomic(str(path)) as temporary:
-        temporary.write_text("half of the new")
-        raise error
+        fail(temporary, error)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_full_disk_is_one_sentence(tmp_path):
-    with pytest.raises(AntherError, match=r"cannot write .*a\.png: No space left on device; free some space"), atomic(
-        tmp_path / "a.png"
+    with (
+        pytest.raises(AntherError, match=r"cannot write .*a\.png: No space left on device; free some space"),
+        atomic(tmp_path / "a.png"),
     ):
         raise OSError(errno.ENOSPC, "full")
 
@@ -48,7 +53,7 @@ def test_an_error_without_a_number_is_no_disk_error(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(AntherError, match="cannot write .*choose another folder"), atomic(tmp_path / "file" / "a.png"):
+    with pytest.raises(AntherError, match=r"cannot write .*choose another folder"), atomic(tmp_path / "file" / "a.png"):
         pytest.fail("the block must not run")
 
 

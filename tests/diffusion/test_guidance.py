@@ -41,7 +41,7 @@ def inputs(n=4, channels=3, size=4, dim=1):
 
 
 def plain_way(network, target, x_t, t, cond, null, w):
-    """e = (1 + w) e_c - w e_u on a doubled batch, as upstream has it (upstream_facts 1.4), then x_0 from e."""
+    """e = (1 + w) e_c - w e_u on a doubled batch, as the published code has it, then x_0 from e."""
     e_c, e_u = network(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([cond, null])).chunk(2)
     abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64), 0)[(t * T).round().long() - 1]
     a, s = abar.sqrt().view(-1, 1, 1, 1), (1 - abar).sqrt().view(-1, 1, 1, 1)

@@ -58,7 +58,10 @@ def test_grid_is_row_major_with_white_between():
     seen = torch.zeros(sheet.shape[1:], dtype=torch.bool)
     for k in range(n):
         row, column = divmod(k, 2)
-        area = (slice(pad + row * (h + pad), (row + 1) * (h + pad)), slice(pad + column * (w + pad), (column + 1) * (w + pad)))
+        area = (
+            slice(pad + row * (h + pad), (row + 1) * (h + pad)),
+            slice(pad + column * (w + pad), (column + 1) * (w + pad)),
+        )
         assert torch.equal(sheet[(slice(None), *area)], cells[k])
         seen[area] = True
     assert (sheet[:, ~seen] == 1).all()

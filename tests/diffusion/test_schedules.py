@@ -67,7 +67,7 @@ def test_zero_terminal_snr_keeps_betas_that_multiply_to_its_table():
     torch.testing.assert_close(torch.cumprod(1 - schedule.betas, 0), schedule.alpha_bar[1:], rtol=1e-9, atol=1e-15)
 
 
-# The course's table (upstream_facts 1.3), to the digits given there: sqrt(abar_T) is the signal LEVEL alpha at t = 1.
+# The course's table, to the digits known of it: sqrt(abar_T) is the signal LEVEL alpha at t = 1.
 @pytest.mark.parametrize(("T", "alpha"), [(400, 0.132), (300, 0.219), (200, 0.364), (100, 0.603), (1000, 0.0064)])
 def test_signal_left_by_the_courses_table(T, alpha):
     assert Linear(T, 1e-4, 0.02).terminal_alpha == pytest.approx(alpha, abs=5e-5 if T == 1000 else 5e-4)

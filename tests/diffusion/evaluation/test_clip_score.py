@@ -61,6 +61,7 @@ def test_the_model_is_named_and_stays_out_of_the_state(reference, images):
     "bad",
     [
         lambda x: x * 1.5,
+        lambda x: x.clamp(max=0) * 1.5,
         lambda x: (x + 1) * 127.5,
         lambda x: torch.full_like(x, torch.nan),
         lambda x: ((x + 1) * 127).to(torch.uint8),

@@ -1,4 +1,4 @@
-"""The U-Nets against a second implementation, written from the description of the published ones and from nothing else."""
+"""The U-Nets against a second implementation, written from the description of the published ones alone."""
 
 import math
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_the_courses_network_is_the_default():
     assert (plain.T, plain.img_ch, plain.img_size, plain.c_embed_dim) == (400, 3, 32, 512)
 
 
-# A second implementation -----------------------------------------------------------------------------------------------
+# A second implementation --------------------------------------------------------------------------------------------
 
 
 class Reference:
@@ -77,7 +77,7 @@ class Reference:
         return self.linear(x, f"{stem}.model.2")[:, :, None, None]
 
     def attention(self, x, stem):
-        s, (b, c, h, w) = self.state, x.shape
+        s, (_, c, h, w) = self.state, x.shape
         tokens = rearrange(x, "b c h w -> b (h w) c")
         normed = F.layer_norm(tokens, (c,), s[f"{stem}.ln.weight"], s[f"{stem}.ln.bias"])
         q, k, v = (normed @ s[f"{stem}.mha.in_proj_weight"].T + s[f"{stem}.mha.in_proj_bias"]).chunk(3, -1)
@@ -260,5 +260,5 @@ def test_images_and_conditions_of_another_shape_are_refused():
         network(torch.cat([x_t, x_t[:, :1]], 1), t, cond)
     with pytest.raises(AntherError, match="was given 2 x 8 x 12"):
         network(x_t[:, :, :8], t, cond)
-    with pytest.raises(AntherError, match="width 5 and was given 4: set network.c_embed_dim"):
+    with pytest.raises(AntherError, match=r"width 5 and was given 4: set network.c_embed_dim"):
         network(x_t, t, cond[:, :4])

@@ -1,8 +1,9 @@
 """Whole walks beside diffusers' schedulers, with the same network and the same noise.
 
 `exact` gives diffusers our float64 table, so the arithmetic of the steps is compared to 1e-10; `native` leaves it its
-own float32 table and images, and 1e-5 of the largest value remains. Noise is the same because diffusers is given our
-per-image generators. Two habits of diffusers are stepped around and named where it happens.
+own float32 table and images: DDIM stays within 1e-5 of the largest value, DDPM within 2e-4, because diffusers gets beta
+as 1 - a / b in float32 and beta starts at 1e-4. Noise is the same because diffusers is given our
+per-image generators. Habits of diffusers are stepped around and named where it happens.
 """
 
 import pytest
@@ -77,6 +78,8 @@ SCHEDULES = {
     "cosine": (Cosine, {"beta_schedule": "squaredcos_cap_v2"}),
     "zero": (lambda T: ZeroTerminalSNR(Linear(T)), {"beta_schedule": "linear", "rescale_betas_zero_snr": True}),
 }
+# All but eps without signal at t = 1, which is refused.
+PAIRS = [(name, target) for name in SCHEDULES for target in PREDICTION if (name, target) != ("zero", "eps")]
 
 
 @pytest.mark.parametrize(("T", "steps"), [(100, 100), (400, 25), (400, 30), (1000, 7), (1000, 1), (300, 299)])
@@ -95,29 +98,29 @@ def test_ddpm_exact(variance, theirs_is, target, T, steps):
     torch.testing.assert_close(walk[-1].x_s, walk[-1].x_0, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("target", PREDICTION)
+@pytest.mark.parametrize(("name", "target"), PAIRS)
 def test_ddpm_native(target, name):
     make, options = SCHEDULES[name]
-    if name == "zero" and target == "eps":
-        pytest.skip("refused: no signal at t = 1")
     scheduler = DDPMScheduler(400, prediction_type=PREDICTION[target], clip_sample=False, **options)
     schedule = make(400)
     walk = ours(DDPM(), schedule, target, torch.float32)
     reference = theirs(scheduler, schedule, target, torch.float32, 400)
-    compare(walk, reference, 3e-5)
+    compare(walk, reference, 2e-4)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("target", PREDICTION)
+def usable(eta, name):
+    # From alpha_t = 0 with eta = 1 the weight of eps is 0; diffusers takes the root of -1e-17 there and returns nan.
+    return 0.99 if name == "zero" and eta == 1 else eta
+
+
+@pytest.mark.parametrize(("name", "target"), PAIRS)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("T", "steps"), [(400, 50), (1000, 10), (100, 100), (300, 1)])
 def test_ddim_exact(T, steps, eta, target, name):
     # Only step counts that divide T: for others diffusers' DDIM walks to t - T // steps and then goes on from
     # another time, which is not a walk; ours takes the times of diffusers' DDPM (compared above with 30 of 400).
     make, options = SCHEDULES[name]
-    if name == "zero" and target == "eps":
-        pytest.skip("refused: no signal at t = 1")
+    eta = usable(eta, name)
     schedule = make(T)
     scheduler = DDIMScheduler(
         T, prediction_type=PREDICTION[target], clip_sample=False, timestep_spacing="trailing", **options
@@ -127,19 +130,38 @@ def test_ddim_exact(T, steps, eta, target, name):
     compare(walk, reference, 1e-10)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("target", PREDICTION)
+@pytest.mark.parametrize(("name", "target"), PAIRS)
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_ddim_native(eta, target, name):
     make, options = SCHEDULES[name]
-    if name == "zero" and target == "eps":
-        pytest.skip("refused: no signal at t = 1")
+    eta = usable(eta, name)
     scheduler = DDIMScheduler(
         400, prediction_type=PREDICTION[target], clip_sample=False, timestep_spacing="trailing", **options
     )
     schedule = make(400)
     walk = ours(DDIM(50, eta), schedule, target, torch.float32)
     compare(walk, theirs(scheduler, schedule, target, torch.float32, 50, eta=eta), 1e-5)
+
+
+@pytest.mark.parametrize("sampler", [DDPM(), DDIM(50), DDIM(50, 1.0)], ids=["ddpm", "ddim", "ddim-1"])
+@pytest.mark.parametrize("name", ["linear", "zero"])
+def test_float32_images_walk_with_float64_ones(sampler, name):
+    schedule, noise = SCHEDULES[name][0](400), torch.randn(50 * 400, generator=torch.Generator().manual_seed(0))
+
+    class Replay:
+        def __init__(self):
+            self.at = 0
+
+        def randn(self, shape, device, dtype):
+            self.at += 1
+            return noise[self.at : self.at + 96].view(3, *shape).to(dtype)
+
+    walks = []
+    for dtype in (torch.float32, torch.float64):
+        x_1 = noise[:96].view(3, *SHAPE).to(dtype)
+        walks.append(sampler(Denoiser(Network(schedule, "v"), schedule, "v"), x_1, Replay()))
+    assert walks[0].dtype == torch.float32
+    torch.testing.assert_close(walks[0].double(), walks[1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampler", [DDPM, DDIM])
