@@ -6,49 +6,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from callbacks.drawing import Cell, cells, draw
 from callbacks.ema import averaged
 from diffusion.conditioning.labels import Labels
 from diffusion.errors import AntherError
 from diffusion.files import atomic
-from diffusion.images import grid, save_gif, save_png, to_pil
+from diffusion.images import save_gif, sheet, to_pil
 from diffusion.loggers import log_picture, log_table
 from diffusion.modules.diffusion import Diffusion
-from diffusion.samplers import Sampler, Step
-
-
-class Trajectory:
-    """A sampler's hook that keeps the way from noise to image.
-
-    Each frame shows x_t and beside it the clean image expected from it; the last frame shows the image twice.
-
-    Args:
-        frames: how many to keep at most, evenly spaced.
-    """
-
-    def __init__(self, frames: int = 40) -> None:
-        self.frames = frames
-        self._kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
-
-    def __call__(self, step: Step) -> None:
-        """Keeps the step if it is one of the wanted ones; batches drawn one after the other are joined."""
-        if step.number % -(-step.steps // self.frames) == 0:
-            self._kept.setdefault(step.number, []).append((step.x_t.cpu(), step.x_0.cpu()))
-        if step.number == step.steps - 1:
-            self._kept.setdefault(step.steps, []).append((step.x_s.cpu(), step.x_s.cpu()))
-
-    def pictures(self, columns: int, scale: int = 1) -> list[Tensor]:
-        """The frames, each (C, H, W) in [-1, 1], laid out like the grid of the images."""
-        pictures = []
-        for _, parts in sorted(self._kept.items()):
-            noisy, clean = (torch.cat(side).float().clamp(-1, 1) for side in zip(*parts, strict=True))
-            pictures.append(torch.cat([grid(noisy, columns, scale=scale), grid(clean, columns, scale=scale)], 2))
-        return pictures
+from diffusion.samplers import Sampler
+from diffusion.trajectory import Trajectory
 
 
 class SampleGrid(Callback):
@@ -123,8 +93,9 @@ class SampleGrid(Callback):
         columns = self.columns or len(wanted) // len(self.weights or [None])
         trajectory = Trajectory()
         images = draw(module, wanted, self.batch_size, self.sampler, trajectory if animate else None)
-        picture = grid(images, columns, scale=self.scale)
-        save_png(picture, path)
+        captions = [_caption(cell) for cell in wanted]
+        with atomic(path) as temporary:
+            sheet(images, captions, columns, self.scale).save(temporary, format="PNG")
         if animate:
             save_gif(trajectory.pictures(columns, self.scale), path.with_suffix(".gif"))
         record = {
@@ -146,3 +117,7 @@ class SampleGrid(Callback):
             [[trainer.current_epoch, c.prompt, c.weight, to_pil(x)] for c, x in zip(wanted, images, strict=True)],
             trainer.global_step,
         )
+
+
+def _caption(cell: Cell) -> str:
+    return f"seed {cell.seed}" if cell.prompt is None else f"{cell.prompt}, w = {cell.weight:g}"

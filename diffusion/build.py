@@ -23,7 +23,7 @@ def build(node: Mapping[str, Any], **extra: Any) -> Any:
     from hydra.utils import instantiate
 
     for target in _targets(node):
-        if not target.startswith(ALLOWED):
+        if not target.startswith(ALLOWED) or not _defined_in_allowed(target):
             raise AntherError(
                 f"the config wants to call {target!r}, which lies outside {', '.join(ALLOWED)}: it is refused; use a "
                 "part of these packages."
@@ -37,6 +37,17 @@ def build(node: Mapping[str, Any], **extra: Any) -> Any:
                 raise cause from None
             cause = cause.__cause__
         raise AntherError(f"cannot build {node.get('_target_')}: {' '.join(str(error).split())}") from error
+
+
+def _defined_in_allowed(target: str) -> bool:
+    """Whether what the name leads to lives there too: `diffusion.cli.os.system` does not."""
+    from hydra.utils import get_object
+
+    try:
+        found = get_object(target)
+    except Exception:  # Hydra says better than we what is wrong with a name that leads nowhere
+        return True
+    return f"{getattr(found, '__module__', '')}.".startswith(ALLOWED)
 
 
 def _targets(node: Any) -> Iterator[str]:

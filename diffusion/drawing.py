@@ -14,10 +14,9 @@ from diffusion.build import build
 from diffusion.checkpoint import load_model
 from diffusion.errors import AntherError
 from diffusion.files import atomic
-from diffusion.images import grid, save_gif, save_png, sheet
-from diffusion.samplers import Sampler, Step
-
-FRAMES = 50  # of a GIF
+from diffusion.images import save_gif, save_png, sheet
+from diffusion.samplers import Sampler
+from diffusion.trajectory import Trajectory
 
 
 def draw(config: Mapping[str, Any], folder: Path) -> None:
@@ -43,17 +42,15 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
     count = per_prompt if texts is None else len(texts)
     seeds = [config["seed"] + k for k in range(count)]
     weight, size = config["guidance"]["weight"], config["batch_size"]
+    used = getattr(model, "weight", None) if weight is None else weight
 
-    frames: list[list[Tensor]] = []
+    trajectory = Trajectory() if config["gif"] else None
     images: list[Tensor] = []
     started = time.perf_counter()
     for start in track(range(0, count, size), description="drawing"):
         rows = slice(start, start + size)
-        recorder = Recorder() if config["gif"] else None
-        drawn = model.sample(None if texts is None else texts[rows], seeds[rows], weight, sampler, recorder)
+        drawn = model.sample(None if texts is None else texts[rows], seeds[rows], weight, sampler, trajectory)
         images.append(drawn.float().cpu())
-        if recorder is not None:
-            frames.append(recorder.frames)
     seconds = time.perf_counter() - started
 
     every = torch.cat(images)
@@ -66,33 +63,16 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
         name = f"images/{k:05d}.png"
         save_png(image, folder / name)
         records.append({"id": k, "prompt": texts[k] if texts else None, "seed": seeds[k], "file": name})
-    protocol = {"ckpt": str(config["ckpt"]), "sampler": config["sampler"], "guidance_weight": weight}
+    protocol = {"ckpt": str(config["ckpt"]), "sampler": config["sampler"], "guidance_weight": used}
     with atomic(folder / "samples.json") as temporary:
         temporary.write_text(json.dumps({"protocol": protocol, "images": records}, indent=2) + "\n")
-    if config["gif"]:
-        save_gif(
-            [grid(torch.cat(parts), columns, scale=3) for parts in zip(*frames, strict=True)], folder / "trajectory.gif"
-        )
+    if trajectory is not None:
+        save_gif(trajectory.pictures(columns, scale=3), folder / "trajectory.gif")
 
     print(f"{count} images in {seconds:.1f} s: {folder / 'grid.png'}")
     print(f"single images {folder / 'images'}, how each was made {folder / 'samples.json'}")
-    if config["gif"]:
+    if trajectory is not None:
         print(f"from noise to image {folder / 'trajectory.gif'}")
-
-
-class Recorder:
-    """A sampler's hook that keeps x_t along the way, evenly spaced, and the final image."""
-
-    def __init__(self) -> None:
-        self.frames: list[Tensor] = []
-
-    def __call__(self, step: Step) -> None:
-        """Keeps at most `FRAMES` frames of a run, whatever its number of steps."""
-        every = -(-step.steps // FRAMES)
-        if step.number % every == 0:
-            self.frames.append(step.x_t.float().cpu())
-        if step.number == step.steps - 1:
-            self.frames.append(step.x_s.float().cpu())
 
 
 def pick_device(name: str) -> torch.device:

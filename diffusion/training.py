@@ -1,6 +1,7 @@
 """One run of train.py: build the parts, say what will happen, fit, and say where everything is."""
 
 import logging
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from diffusion import checkpoint
 from diffusion.build import build
 from diffusion.cli import write_result
 from diffusion.errors import AntherError
+from diffusion.loggers import finish
 from diffusion.modules.diffusion import Diffusion
 
 
@@ -28,7 +30,9 @@ def train(config: dict[str, Any], folder: Path) -> float:
     Raises:
         AntherError: any fault that the user can mend.
     """
-    # Its device list and its advertisements; warnings stay.
+    # Its device list and its advertisements, and what it does with torch's insides; other warnings stay.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=DeprecationWarning)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     resume = _resume_from(folder, config)
@@ -46,9 +50,8 @@ def train(config: dict[str, Any], folder: Path) -> float:
     trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
     if trainer.fast_dev_run:
         return 0.0
-    if trainer.interrupted:
-        raise AntherError(f"stopped by the user: the same command with hydra.run.dir={folder} goes on from here.")
     objective = _objective(trainer, module, datamodule, config["objective"])
+    finish(trainer.loggers)
     if trainer.is_global_zero:
         datamodule.save_splits(folder / "splits.json")
         write_result(folder, config["objective"], objective, trainer.global_step, trainer.current_epoch)

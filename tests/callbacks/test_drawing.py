@@ -24,11 +24,11 @@ PROMPTS = ["a daisy", "two roses"]
 WEIGHTS = [0.0, 2.0]
 
 
-def cell_of(picture, record, scale=1, padding=2):
-    """The pixels of a cell of a picture, by what its record says."""
-    size = 8 * scale + padding
-    top, left = record["row"] * size + padding, record["column"] * size + padding
-    return np.asarray(picture)[top : top + 8 * scale, left : left + 8 * scale]
+def cell_of(picture, record, rows, gap=6):
+    """The pixels of a cell of a captioned sheet of 8-pixel images, by what its record says."""
+    height = (picture.height - gap) // rows
+    top, left = record["row"] * height + gap, record["column"] * (8 + gap) + gap
+    return np.asarray(picture)[top : top + 8, left : left + 8]
 
 
 def test_each_cell_of_the_picture_is_what_the_record_says(tmp_path):
@@ -44,7 +44,7 @@ def test_each_cell_of_the_picture_is_what_the_record_says(tmp_path):
     picture = Image.open(grid.last_picture)
     for cell in record["cells"]:
         alone = m.sample([cell["prompt"]], [cell["seed"]], cell["weight"]).clamp(-1, 1)
-        got = torch.from_numpy(cell_of(picture, cell).copy()).permute(2, 0, 1)
+        got = torch.from_numpy(cell_of(picture, cell, len(WEIGHTS)).copy()).permute(2, 0, 1)
         assert (from_uint8(got) - alone[0]).abs().max() < 1.5 / 127.5
 
 
@@ -55,8 +55,7 @@ def test_pictures_come_every_n_epochs_and_the_animation_with_the_last(tmp_path):
     assert [p.name for p in tmp_path.glob("*.gif")] == ["step-000020.gif"]
     animation = Image.open(tmp_path / "step-000020.gif")
     assert animation.n_frames == 4  # 3 steps and the image
-    width, height = Image.open(tmp_path / "step-000020.png").size
-    assert animation.size == (2 * width, height)
+    assert animation.size == (2 * (3 * (16 + 2) + 2), 16 + 2 * 2)  # x_t and x_0 beside each other, magnified by 2
     assert json.loads((tmp_path / "step-000020.json").read_text())["cells"][2]["prompt"] is None
 
 
