@@ -15,6 +15,7 @@ from diffusion.checkpoint import load_model
 from diffusion.errors import AntherError
 from diffusion.files import atomic
 from diffusion.images import save_gif, save_png, sheet
+from diffusion.rng import check_seed
 from diffusion.samplers import Sampler
 from diffusion.trajectory import Trajectory
 
@@ -29,6 +30,7 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
     Raises:
         AntherError: any fault that the user can mend.
     """
+    check_seed(config["seed"])
     per_prompt, prompts = config["num_images"], config["prompts"]
     if per_prompt < 1:
         raise AntherError(f"num_images counts images, so it is 1 or more, not {per_prompt}.")

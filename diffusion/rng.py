@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.errors import AntherError
+
 
 def generator(*key: int) -> torch.Generator:
     """A CPU generator that is a function of its key alone.
@@ -19,6 +21,16 @@ def generator(*key: int) -> torch.Generator:
     # SeedSequence reads (1,), (1, 0) and (1, 0, 0) as one key, so the length goes in front.
     state = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state))
+
+
+def check_seed(seed: object) -> None:
+    """Refuses what cannot seed every generator of a run.
+
+    Raises:
+        AntherError: no whole number from 0 to 2^32 - 1, the range of the libraries' own generators.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise AntherError(f"seed = {seed!r} is no whole number from 0 to {2**32 - 1}: choose one.")
 
 
 class ImageRNG:

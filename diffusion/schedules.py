@@ -75,10 +75,7 @@ class TableSchedule(Schedule):
             )
         self.T = betas.numel()
         self.betas = betas.double()
-        self._set_alpha_bar(torch.cumprod(1 - self.betas, 0))
-
-    def _set_alpha_bar(self, alpha_bar: Tensor) -> None:
-        self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar])
+        self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - self.betas, 0)])
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
         check_times(t)
@@ -166,8 +163,6 @@ class ZeroTerminalSNR(TableSchedule):
         alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
         alpha_bar = alpha**2
         super().__init__(1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]]))
-        # The product of the betas would be exact at the end but not along the way.
-        self._set_alpha_bar(alpha_bar)
 
 
 class Straight(Schedule):

@@ -15,6 +15,7 @@ from diffusion.cli import write_result
 from diffusion.errors import AntherError
 from diffusion.loggers import finish
 from diffusion.modules.diffusion import Diffusion
+from diffusion.rng import check_seed
 
 
 def train(config: dict[str, Any], folder: Path) -> float:
@@ -34,6 +35,7 @@ def train(config: dict[str, Any], folder: Path) -> float:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=DeprecationWarning)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    check_seed(config["seed"])
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     resume = _resume_from(folder, config)
     datamodule = build(config["data"])

@@ -393,18 +393,6 @@ def test_killed_while_decoding_leaves_no_half_cache():
     assert len(images) == 8
 
 
-def test_loading_is_fast_enough():
-    # Ten times what a CPU trains of the small demo network.
-    table = make_table(2000, 32)
-    view = TableView(table, np.arange(2000), 32, FlipCrop())
-    keys = list(range(128))
-    view.__getitems__(keys)
-    start = time.process_time()
-    for _ in range(50):
-        view.__getitems__(keys)
-    assert 50 * 128 / (time.process_time() - start) > 20_000
-
-
 def test_one_key():
     view = TableView(make_table(), np.arange(5, 10), 8)
     assert view[7]["index"] == 7

@@ -42,6 +42,7 @@ Refused = Callable[..., str]
         ([*TINY, "network.down_chs=[30,60,90]"], ["[30, 60, 90]", "32"]),
         ([*TINY, "module.drop_prob=2"], ["drop_prob", "[0, 1]"]),
         ([*TINY, "sampler.steps=0"], ["steps"]),
+        ([*TINY, "seed=-1"], ["-1", "whole number"]),
         ([*TINY, "conditioner.model=ViT-B-23", "conditioner.pretrained=openai"], ["ViT-B-23", "ViT-B-32"]),
         ([*TINY, "callbacks.samples.prompts=[a red helicopter]"], ["helicopter"]),
         ([*TINY, "network._target_=os.system"], ["os.system", "refused"]),

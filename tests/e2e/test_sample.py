@@ -61,6 +61,7 @@ def test_an_image_is_a_function_of_its_seed_in_any_batch_split(trained: Path, ca
         (["prompts=[]"], "empty"),
         ([], "prompts"),
         (["prompts=[a red rose]", "num_images=0"], "num_images"),
+        (["prompts=[a red rose]", "seed=many"], "whole number"),
         (["prompts=[a red rose]", "device=tpu"], "device"),
         (["prompts=[a steam engine]"], "steam"),
         (["prompts=[a red rose]", "sampler.eta=2"], "eta"),

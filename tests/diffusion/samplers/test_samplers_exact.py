@@ -61,7 +61,7 @@ def test_ddim_reaches_the_exact_map_with_order_one(schedule, mean, std):
 @pytest.mark.parametrize(("mean", "std"), [(0.3, 0.5), (-0.5, 0.25), (0.2, 1.5)])
 @pytest.mark.parametrize("sampler", [DDPM(), DDPM(variance="beta"), DDIM(1000, 1.0), DDIM(1000, 0.5)])
 def test_many_steps_draw_from_the_data(sampler, mean, std):
-    # 1000 steps leave a bias of 2 % of the variance at most; the statistics of 20000 pixels, 4 standard errors, are wider.
+    # 1000 steps leave a bias of 2 % of the variance at most; 4 standard errors of 20000 pixels are wider.
     schedule = ZeroTerminalSNR(Cosine(1000))
     rng = ImageRNG([1])
     image = sampler(Gaussian(schedule, mean, std), rng.randn(PIXELS, dtype=torch.float64), rng)
