@@ -77,8 +77,8 @@ def _resume_from(folder: Path, config: Mapping[str, Any]) -> Path | None:
 
 def _objective(trainer: lightning.Trainer, module: Any, datamodule: Any, metric: str) -> float:
     metrics: dict[str, Any] = dict(trainer.callback_metrics)
-    if metric not in metrics:
-        # The run ended between two validations.
+    if metric not in metrics or getattr(module, "validated_at", trainer.global_step) != trainer.global_step:
+        # The run ended between two validations, and what stands there belongs to earlier weights.
         metrics |= trainer.validate(module, datamodule, verbose=False)[0]
     if metric not in metrics:
         known = ", ".join(sorted(metrics))

@@ -78,6 +78,7 @@ class Diffusion(lightning.LightningModule):
         self.config: dict[
             str, Any
         ] = {}  # the resolved config of the run; the entry point sets it, checkpoints carry it
+        self.validated_at = -1  # optimizer steps at the end of the last validation
         self.last_losses: dict[str, Tensor] = {}  # of the last batch: t (B,) and loss (B,), for callbacks
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
@@ -135,6 +136,10 @@ class Diffusion(lightning.LightningModule):
         self.last_losses = {"t": t.flatten().to(x_0.device), "loss": torch.cat(losses)}
         loss = torch.cat(losses).mean()
         self.log("val/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(x_0), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Notes which weights the validation loss belongs to."""
+        self.validated_at = self.global_step
 
     def _validation_grid(self, index: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Times (K, B) and noise (K, B, C, H, W) of the images with these row numbers."""

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def test_no_space_for_a_checkpoint(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     folder = tmp_path / "run"
     overrides = [*TINY, "callbacks=fit", f"hydra.run.dir={folder}"]
-    shell = ["bash", "-c", 'ulimit -f 2000; exec "$@"', "-", str(root / ".venv" / "bin" / "python")]
+    shell = ["bash", "-c", 'ulimit -f 2000; exec "$@"', "-", sys.executable]
     done = subprocess.run([*shell, "train.py", *overrides], cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
     assert "error: cannot write" in done.stderr
