@@ -27,8 +27,8 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY) ## ratios against peers, each in one process
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+bench: demo ## ratios against peers, each in one process
+	for script in benchmarks/*.py; do $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
 
 clean: ## remove the environment
 	rm -rf .venv

@@ -5,7 +5,7 @@ from the global generator, mean squared error, Adam. Ours is `Trainer.fit` on th
 with our loader, noise by (seed, rank, step), EMA, gradient clipping and logging. Both run in one process in turns of a
 few steps; seconds are CPU seconds of the process, since machines are shared. The two losses are compared first.
 
-    python benchmarks/train_step.py [network] [batch size]     network: demo (default), flowers, mnist
+    python -m benchmarks.train_step [network] [batch size]     network: demo (default), flowers, mnist
 """
 
 import statistics

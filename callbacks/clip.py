@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from callbacks.drawing import cells, draw
@@ -63,7 +63,7 @@ class GenerationClipScore(Callback):
         conditioner = pl_module.conditioner
         theirs = (getattr(conditioner, "model", None), getattr(conditioner, "pretrained", None))
         if theirs == (self.scorer.model, self.scorer.pretrained):
-            rank_zero_info(
+            rank_zero_only(print)(
                 f"CLIP score: {self.scorer.name} also conditions the model, so the score flatters it; it compares "
                 "epochs of this run, not models."
             )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from diffusion.files import atomic
@@ -116,7 +116,7 @@ def wandb_logger(project: str, save_dir: str | Path, name: str | None = None, **
     folder = Path(save_dir)
     mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_account() else "offline")
     if mode == "offline":
-        rank_zero_info(
+        rank_zero_only(print)(
             f"W&B: recording offline under {folder / 'wandb'}"
             + ("" if has_wandb_account() else ", for no account was found")
             + "; `wandb sync` on its folder uploads the run later."

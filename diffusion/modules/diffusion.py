@@ -128,14 +128,26 @@ class Diffusion(lightning.LightningModule):
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Loss over a fixed grid of (t, noise)."""
+        t, losses = self.validation_losses(batch)
+        self.last_losses = {"t": t, "loss": losses}
+        self.log(
+            "val/loss",
+            losses.mean(),
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=len(batch["image"]),
+            sync_dist=True,
+        )
+
+    def validation_losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Times and losses of a batch of B images, each at its own K times with its own noise: two tensors (K B,)."""
         x_0, cond = batch["image"], self.validation_condition(batch)
         t, eps = self._validation_grid(batch["index"], x_0.shape[1:])
         losses = [
             self.denoiser.loss(x_0, t_k.to(x_0.device), eps_k.to(x_0), cond) for t_k, eps_k in zip(t, eps, strict=True)
         ]
-        self.last_losses = {"t": t.flatten().to(x_0.device), "loss": torch.cat(losses)}
-        loss = torch.cat(losses).mean()
-        self.log("val/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(x_0), sync_dist=True)
+        return t.flatten().to(x_0.device), torch.cat(losses)
 
     def on_validation_epoch_end(self) -> None:
         """Notes which weights the validation loss belongs to."""

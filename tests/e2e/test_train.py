@@ -183,3 +183,30 @@ def test_help_needs_no_torch_and_lists_every_experiment(command: Run) -> None:
         if script == "train.py":
             described = done.stdout.split("Overrides that people use")[0]
             assert all(f"\n  {name} " in described for name in EXPERIMENTS)
+
+
+@pytest.mark.parametrize("debug", ["default", "limit", "overfit", "profiler"])
+def test_debug_configs_run(debug: str, call: Call, capfd: pytest.CaptureFixture[str]) -> None:
+    fewer = {"overfit": ["trainer.max_epochs=3"], "profiler": ["trainer.max_steps=3"]}.get(debug, [])
+    folder = call("train.py", *TINY, "callbacks=fit", f"debug={debug}", *fewer)
+    steps = json.loads((folder / "result.json").read_text())["steps"]
+    assert steps == {"default": 8, "limit": 6, "overfit": 6, "profiler": 3}[debug]
+    if debug == "profiler":
+        assert "run_training_batch" in "".join(path.read_text() for path in folder.glob("*profile*"))
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb", "none"])
+def test_loggers_beside_the_csv_file(logger: str, call: Call, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = call("train.py", *TINY, "callbacks=fit", "trainer.max_steps=2", f"logger={logger}")
+    printed = "".join(capfd.readouterr())
+    assert (folder / "logs" / "metrics.csv").exists() == (logger != "none")
+    assert bool(list(folder.rglob("events.out.tfevents*"))) == (logger == "tensorboard")
+    assert bool(list(folder.rglob("run-*.wandb"))) == (logger == "wandb")
+    assert ("offline" in printed) == (logger == "wandb")
+
+
+def test_the_non_leaking_augmentation_trains_and_draws(call: Call) -> None:
+    augmented = ["augment@data.augment=nonleaking", "module.augment_dim=7", "network.c_embed_dim=71"]
+    folder = call("train.py", *TINY, *augmented, "trainer.max_steps=2")
+    call("sample.py", f"ckpt={folder}/checkpoints/last.ckpt", "prompts=[a red rose]", folder=folder / "drawn")
+    assert (folder / "drawn" / "grid.png").exists()
