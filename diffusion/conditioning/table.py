@@ -103,8 +103,7 @@ class EmbeddingTable(Conditioner):
         return self._rows[batch["index"]]
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Conditions (n, dim) of prompts: their own embedding if the file of prompts has it, else the most
-        typical row of their class.
+        """Conditions (n, dim): a prompt's own embedding if there is one, else the most typical row of its class.
 
         Raises:
             AntherError: a prompt is neither.
