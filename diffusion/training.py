@@ -14,6 +14,7 @@ from diffusion.build import build
 from diffusion.cli import write_result
 from diffusion.errors import AntherError
 from diffusion.loggers import finish
+from diffusion.loss_curve import draw_losses
 from diffusion.modules.diffusion import Diffusion
 from diffusion.rng import check_seed
 
@@ -56,6 +57,8 @@ def train(config: dict[str, Any], folder: Path) -> float:
     finish(trainer.loggers)
     if trainer.is_global_zero:
         datamodule.save_splits(folder / "splits.json")
+        if (log := folder / "logs" / "metrics.csv").exists():
+            draw_losses(log, folder / "plots" / "loss.png")
         write_result(folder, config["objective"], objective, trainer.global_step, trainer.current_epoch)
     _farewell(config, module, objective, folder)
     return objective

@@ -46,6 +46,7 @@ def test_a_run_leaves_everything_it_promises(call: Call) -> None:
     assert json.loads((folder / "result.json").read_text())["steps"] == 8
     assert list((folder / "samples").glob("*.png"))
     assert list((folder / "samples").glob("*.gif"))
+    assert {path.name for path in (folder / "plots").iterdir()} >= {"loss.png", "val_loss_by_t.png"}
     splits = json.loads((folder / "splits.json").read_text())
     assert splits
     assert any(row.get("val/loss") for row in rows(folder))
