@@ -195,12 +195,11 @@ def test_counts_have_words():
 
 
 def test_yaml_builds_it():
+    from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
-    from omegaconf import OmegaConf
 
-    conf = OmegaConf.merge(
-        {"seed": 1}, {"data": OmegaConf.load(Path(drawn.__file__).parents[1] / "conf/data/embedded.yaml")}
-    )
+    with initialize_config_dir(str(Path(drawn.__file__).parents[1] / "conf"), version_base="1.3"):
+        conf = compose("train", ["experiment=demo"])
     made = instantiate(conf.data, n_train=4, n_val=2, batch_size=2)
     made.setup()
     assert isinstance(made, DrawnFlowers)
