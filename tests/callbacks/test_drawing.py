@@ -12,7 +12,6 @@ from callbacks.drawing import cells, draw
 from callbacks.ema import EMA
 from callbacks.embeddings import BottleneckEmbeddings
 from callbacks.samples import SampleGrid
-from diffusion.conditioning.openclip import EMBEDDED
 from diffusion.errors import AntherError
 from diffusion.evaluation.clip_score import ClipScore
 from diffusion.evaluation.embeddings import capture, reduced
@@ -179,10 +178,8 @@ def test_capture_sees_through_compilation():
 
 
 EMBEDDED_CLIP = {"model": "anther-flowers-32", "pretrained": "embedded"}
-needs_clip = pytest.mark.skipif(not EMBEDDED["anther-flowers-32"].exists(), reason="the embedded CLIP is not there yet")
 
 
-@needs_clip
 def test_clip_score_is_logged_when_due_and_the_best_is_kept(tmp_path):
     m = module()
     prompts = ["a photo of a daisy", "two roses"]
