@@ -1,4 +1,4 @@
-"""What every test gets: a cache of its own session, quiet W&B, and the real data where there are some."""
+"""What every test gets: a cache of its own session and quiet W&B."""
 
 import os
 from pathlib import Path
@@ -14,12 +14,3 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["ANTHER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["WANDB_MODE"] = "offline"
     os.environ["WANDB_SILENT"] = "true"
-
-
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    """Folder with cropped_flowers.zip, flowers102.zip and mnist/; set ANTHER_TEST_DATA to have these tests run."""
-    folder = os.environ.get("ANTHER_TEST_DATA")
-    if not folder:
-        pytest.skip("ANTHER_TEST_DATA is not set")
-    return Path(folder)
