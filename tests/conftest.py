@@ -1,11 +1,8 @@
 """What every test gets: a cache of its own session and quiet W&B."""
 
 import os
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -25,7 +25,8 @@ class EmbeddingTable(Conditioner):
 
     There is no text tower here, so a prompt becomes a condition in one of two ways: `prompts` has it, or it names one
     class of the file ("a photo of a rose"), and its condition is the most typical row of that class: the one with
-    the greatest mean cosine to the others. (The mean of a class looks like no image; see docs/results.md.) The class of a row is the folder that holds it in its path.
+    the greatest mean cosine to the others. (The mean of a class looks like no image; see
+    docs/results.md.) The class of a row is the folder that holds it in its path.
 
     Args:
         path: the course's csv (`path, e0, e1, ...`, one row per image) or an npz with `path` (N,) and
