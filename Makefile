@@ -5,16 +5,19 @@ READY := .venv/ready
 
 .PHONY: demo test test-slow lint bench clean
 
-demo: $(READY) ## train a small text-to-image model on drawn flowers and draw from it (minutes, no account)
+demo: $(READY) ## train a small text-to-image model on drawn flowers, draw from it, evaluate it (minutes, no account)
 	$(BIN)/python train.py experiment=demo hydra.run.dir=runs/demo $(DEMO)
 	$(BIN)/python sample.py ckpt=runs/demo/checkpoints/last.ckpt hydra.run.dir=runs/demo/drawn gif=true \
 	  num_images=4 prompts='[a red rose, two white daisies, three yellow sunflowers, a purple tulip]'
+	$(BIN)/python evaluate.py ckpt=runs/demo/checkpoints/last.ckpt protocol=demo hydra.run.dir=runs/demo/evaluation
 	@echo
 	@echo 'what it drew          runs/demo/drawn/grid.png, single images in runs/demo/drawn/images/'
 	@echo 'from noise to image   runs/demo/drawn/trajectory.gif'
 	@echo 'as training went on   runs/demo/samples/, loss by timestep in runs/demo/plots/'
 	@echo 'the checkpoint        runs/demo/checkpoints/last.ckpt'
 	@echo 'the logs              runs/demo/logs/metrics.csv'
+	@echo 'the evaluation        runs/demo/evaluation/report.html'
+	@echo 'browse its data set   $(BIN)/python -m diffusion.curation.app runs/demo/evaluation'
 
 test: $(READY) ## the default test suite
 	$(BIN)/python -m pytest

@@ -12,11 +12,12 @@ class RunRecord(Callback):
     """Gives the loggers the resolved config with `number_of_parameters`, and W&B a summary of the run.
 
     The summary holds `final_train_loss`, `final_val_loss`, `best_train_loss`, `best_val_loss`, `total_epochs` and
-    `total_batches`.
+    `total_batches`. Its state says which validation loss belongs to which step, so that a checkpoint knows its own.
     """
 
     def __init__(self) -> None:
         self._best: dict[str, float] = {}
+        self._validated: dict[str, float] = {}  # what the last validation gave, and after which step
         self._batches = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
@@ -27,6 +28,11 @@ class RunRecord(Callback):
 
     def on_train_batch_end(self, *_: Any) -> None:  # noqa: D102
         self._batches += 1
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        if not trainer.sanity_checking and LOSSES["val"] in trainer.callback_metrics:
+            loss = float(trainer.callback_metrics[LOSSES["val"]])
+            self._validated = {"step": trainer.global_step, "val": loss}
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         # The epoch's mean of the training loss is there only after this hook, so it is read one epoch later.
@@ -43,10 +49,11 @@ class RunRecord(Callback):
                 logger.experiment.summary.update(summary)  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        return {"best": dict(self._best), "batches": self._batches}
+        return {"best": dict(self._best), "validated": dict(self._validated), "batches": self._batches}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
         self._best, self._batches = dict(state_dict["best"]), state_dict["batches"]
+        self._validated = dict(state_dict.get("validated", {}))
 
     def _note(self, trainer: Trainer) -> None:
         for name, key in LOSSES.items():

@@ -136,6 +136,19 @@ ASSETS: dict[str, Asset] = {
             "http://download.tensorflow.org/example_images/flower_photos.tgz",
         ),
     ),
+    # torch-fidelity's own file, and byte for byte the one of pytorch-fid: with the last layer.
+    "fid_inception_full": Asset(
+        what="the full FID Inception of 2015-12-05 (with its fc layer)",
+        file="weights-inception-2015-12-05-6726825d.pth",
+        size=95628359,
+        licence="Apache-2.0",
+        sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+        urls=(
+            "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+            "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+        ),
+        torch_hub="weights-inception-2015-12-05-6726825d.pth",
+    ),
     # TorchScript without the last layer: 2048 features, so FID and KID but no Inception Score.
     "fid_inception": Asset(
         what="the FID Inception of 2015-12-05",

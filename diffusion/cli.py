@@ -94,8 +94,8 @@ def read_result(folder: Path, trainer: Mapping[str, Any]) -> float | None:
     return float(objective)
 
 
-def write_result(folder: Path, metric: str, objective: float, steps: int, epochs: int) -> None:
-    """Records that a run is finished."""
-    record = {"metric": metric, "objective": objective, "steps": steps, "epochs": epochs}
+def write_result(folder: Path, metric: str, objective: float, steps: int, epochs: int, parameters: int) -> None:
+    """Records that a run is finished, and the numbers in its network."""
+    record = {"metric": metric, "objective": objective, "steps": steps, "epochs": epochs, "parameters": parameters}
     with atomic(folder / RESULT) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")

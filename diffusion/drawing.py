@@ -13,6 +13,7 @@ from torch import Tensor
 from diffusion.build import build
 from diffusion.checkpoint import load_model
 from diffusion.errors import AntherError
+from diffusion.fabric import make_fabric
 from diffusion.files import atomic
 from diffusion.images import save_gif, save_png, sheet
 from diffusion.rng import check_seed
@@ -38,7 +39,9 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
         prompts = [prompts]
     if prompts is not None and not prompts:
         raise AntherError("prompts is an empty list: name at least one, as in prompts='[a red rose]', or leave it out.")
-    model = load_model(config["ckpt"]).to(pick_device(config["device"]))
+    # One device: a few pictures; evaluate.py spreads many over several.
+    fabric = make_fabric(config["trainer"], devices=1, num_nodes=1, strategy="auto")
+    model = load_model(config["ckpt"]).to(fabric.device)
     sampler: Sampler = build(config["sampler"])
     texts = None if prompts is None else [str(prompt) for prompt in prompts for _ in range(per_prompt)]
     count = per_prompt if texts is None else len(texts)
@@ -51,7 +54,8 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
     started = time.perf_counter()
     for start in track(range(0, count, size), description="drawing"):
         rows = slice(start, start + size)
-        drawn = model.sample(None if texts is None else texts[rows], seeds[rows], weight, sampler, trajectory)
+        with fabric.autocast():
+            drawn = model.sample(None if texts is None else texts[rows], seeds[rows], weight, sampler, trajectory)
         images.append(drawn.float().cpu())
     seconds = time.perf_counter() - started
 
@@ -75,17 +79,3 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
     print(f"single images {folder / 'images'}, how each was made {folder / 'samples.json'}")
     if trajectory is not None:
         print(f"from noise to image {folder / 'trajectory.gif'}")
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` is the first GPU, or the CPU.
-
-    Raises:
-        AntherError: a device that this machine does not have.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise AntherError(f"this machine has no device {name!r}: set device=cpu or device=auto.") from error

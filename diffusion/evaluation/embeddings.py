@@ -3,8 +3,9 @@
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -12,8 +13,51 @@ from torch import Tensor, nn
 
 from diffusion.errors import AntherError
 from diffusion.files import atomic
+from diffusion.samplers import Sampler, Step
+
+if TYPE_CHECKING:
+    from diffusion.modules.diffusion import Diffusion
 
 Form = Literal["pooled", "flat", "raw"]
+When = Literal["last", "clean", "trace"]
+
+FILE = "embeddings.npy"
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Which vector stands for a drawn image.
+
+    Attributes:
+        layer: name of a submodule of the network.
+        form: see `reduced`.
+        when: `last`: the layer's output in the sampler's last network call; `clean`: in one more call on the drawn
+            image, at the least time the network knows, t = 1 / T (entry 0 of the published tables); `trace`: in the
+            last call of each of `steps`.
+        steps: for `trace`: numbers of steps, 0 for the one that starts at t = 1.
+
+    Raises:
+        AntherError: an unknown form or moment, or steps that do not go with it.
+    """
+
+    layer: str = "down2"
+    form: Form = "pooled"
+    when: When = "last"
+    steps: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", tuple(self.steps or ()))
+        for name, value, known in (("form", self.form, get_args(Form)), ("when", self.when, get_args(When))):
+            if value not in known:
+                raise AntherError(f"embedding.{name} is {', '.join(known[:-1])} or {known[-1]}, not {value!r}.")
+        if self.when != "trace" and self.steps:
+            raise AntherError("embedding.steps goes with embedding.when=trace alone: set that, or leave the steps out.")
+        numbers = all(isinstance(step, int) and not isinstance(step, bool) and step >= 0 for step in self.steps)
+        if self.when == "trace" and (not self.steps or not numbers or len(set(self.steps)) != len(self.steps)):
+            raise AntherError(
+                "embedding.when=trace needs numbers of steps in embedding.steps, each once, counted from 0, not "
+                f"{list(self.steps)}."
+            )
 
 
 class Captured:
@@ -29,7 +73,16 @@ class Captured:
         self._latest: Tensor | None = None
 
     def hook(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        """The forward hook."""
+        """The forward hook.
+
+        Raises:
+            AntherError: the layer gives out something other than one tensor.
+        """
+        if not isinstance(output, Tensor):
+            raise AntherError(
+                f"the layer {self.layer!r} gives out a {type(output).__name__} and no single tensor: choose one of its "
+                "parts or the layer around it."
+            )
         self.calls += 1
         self._latest = output.detach()
 
@@ -40,12 +93,14 @@ class Captured:
         are the ones returned.
 
         Raises:
-            RuntimeError: the layer was not called, or its rows are not those of n images.
+            AntherError: the layer was not called, or its rows are not those of n images.
         """
         if self._latest is None:
-            raise RuntimeError(f"the layer {self.layer!r} was not called")
+            raise AntherError(f"the network never called its layer {self.layer!r}: choose one of the layers inside it.")
         if len(self._latest) not in (n, 2 * n):
-            raise RuntimeError(f"{self.layer!r} gave {len(self._latest)} rows for {n} images")
+            raise AntherError(
+                f"the layer {self.layer!r} gave {len(self._latest)} rows for {n} images: choose one that keeps rows."
+            )
         return self._latest[:n]
 
 
@@ -93,6 +148,76 @@ def reduced(features: Tensor, form: Form) -> Tensor:
         case "raw":
             return features
     raise AntherError(f"embeddings are pooled, flat or raw, not {form!r}.")
+
+
+@torch.no_grad()
+def sample_embedded(
+    model: "Diffusion",
+    embedding: Embedding,
+    prompts: Sequence[str] | None,
+    seeds: Sequence[int],
+    weight: float | None = None,
+    sampler: Sampler | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draws images as `model.sample` does, and takes their embeddings on the way.
+
+    Args:
+        model: in evaluation mode.
+        embedding: which one.
+        prompts: see `Diffusion.sample`.
+        seeds: see `Diffusion.sample`.
+        weight: see `Diffusion.sample`; under guidance embeddings are those with the condition (at w = -1 no network
+            call has it, and they are those without).
+        sampler: see `Diffusion.sample`.
+
+    Returns:
+        Images (n, C, H, W) on the model's device, and embeddings, float32 on the CPU: (n, ...), or for a trace
+        (n, S, ...) in the order of `embedding.steps`. Row i is of image i.
+
+    Raises:
+        AntherError: as `model.sample` and `capture`; the sampler has no such step.
+    """
+    n, denoiser = len(seeds), model.denoiser
+    traced: dict[int, Tensor] = {}
+    with capture(denoiser.network, embedding.layer) as captured:
+
+        def latest() -> Tensor:
+            return reduced(captured.rows(n), embedding.form).float().cpu()
+
+        def note(step: Step) -> None:
+            if step.number in embedding.steps:
+                traced[step.number] = latest()
+
+        images = model.sample(prompts, seeds, weight, sampler, note)
+        if embedding.when == "trace":
+            if late := [step for step in embedding.steps if step not in traced]:
+                raise AntherError(f"embedding.steps has {late}, and the sampler takes fewer steps: choose less.")
+            return images, torch.stack([traced[step] for step in embedding.steps], 1)
+        if embedding.when == "clean":
+            cond = model.sampling_condition(prompts, n)
+            t = torch.full((n,), 1 / denoiser.schedule.T, dtype=torch.float64, device=images.device)
+            denoiser(images, t, None if cond is None else cond.to(images.device))
+        return images, latest()
+
+
+def load(folder: Path | str) -> np.ndarray:
+    """The embeddings of a folder's images, float32 (N, ...); row i belongs to record i.
+
+    Raises:
+        AntherError: there are none, or the file is damaged.
+    """
+    path = Path(folder) / FILE
+    try:
+        rows: np.ndarray = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise AntherError(
+            f"there are no embeddings at {path}: give the folder of a run of evaluate.py that took them."
+        ) from error
+    except (OSError, ValueError, EOFError) as error:
+        raise AntherError(
+            f"{path} is damaged and cannot be read: delete it and run evaluate.py again with this hydra.run.dir."
+        ) from error
+    return rows
 
 
 def save_embeddings(

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import evaluate
 import sample
 import train
 from diffusion import cli
@@ -41,7 +42,7 @@ def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]
 
     def run(script: str, *overrides: str, folder: Path | None = None) -> Path:
         folder = folder or tmp_path / "run"
-        main = {"train.py": train.main, "sample.py": sample.main}[script]
+        main = {"train.py": train.main, "sample.py": sample.main, "evaluate.py": evaluate.main}[script]
         monkeypatch.setattr(sys, "argv", [str(ROOT / script), *overrides, f"hydra.run.dir={folder}"])
         monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
         cli.run(main)
@@ -64,6 +65,16 @@ def refused(call: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> Cal
         return lines[0]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, command: Run) -> Path:
+    """The checkpoint of a tiny model of the demo, after two steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    tiny = ["data.n_train=64", "data.n_val=16", "data.batch_size=8", "network.down_chs=[32,32,32]", "callbacks=fit"]
+    done = command("train.py", "experiment=demo", *tiny, "trainer.max_steps=2", f"hydra.run.dir={folder}")
+    assert done.returncode == 0, done.stderr
+    return folder / "checkpoints" / "last.ckpt"
 
 
 @pytest.fixture(scope="session")

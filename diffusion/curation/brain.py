@@ -1,0 +1,156 @@
+"""FiftyOne Brain's scores of a set of images as formulas on their embeddings, without FiftyOne."""
+
+import warnings
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffusion.errors import AntherError
+
+Array = NDArray[np.floating]
+
+CLUSTERS = 20
+EXACT = 15_000  # up to here Brain computes all distances, above it searches
+
+DEFINITIONS = {
+    "uniqueness": (
+        "FiftyOne Brain on unet_embedding, 1 = most unique: (0.6 d2 + 0.3 d3 + 0.1 d4) / its maximum, where d2, d3, d4 "
+        "are the cosine distances of the centred embedding to its second, third and fourth nearest other image. Brain "
+        "0.25 leaves out the nearest one, so a single duplicate does not lower the score."
+    ),
+    "representativeness": (
+        "FiftyOne Brain on unet_embedding, and inverted there: 1 = FARTHEST from the centre of its cluster: distance / "
+        "the largest one in the cluster, 20 clusters of k-means. Absent where a cluster holds one point only."
+    ),
+    "representativeness_closeness": (
+        "1 = at the centre of its cluster, 0 = the farthest of it: 1 - distance / the largest one in the cluster, with "
+        "n // 10 clusters of k-means on unet_embedding, from 1 to 20."
+    ),
+}
+
+
+def uniqueness(embeddings: Array) -> Array:
+    """Brain's uniqueness (N,) in [0, 1]: how far the neighbours of a point are, 1 for the most lonely one.
+
+    u_i = (0.6 d_i2 + 0.3 d_i3 + 0.1 d_i4) / max_j(...), where d_ik is the distance of point i to its k-th nearest other
+    point: 1 - cosine of the embeddings, centred on their mean. What fiftyone-brain 0.25.0 computes is kept as it is:
+    it removes the point itself and then the nearest neighbour too, so it takes two duplicates of a point to make
+    a distance 0; four points have too few neighbours for it, and three or less are all unique.
+
+    Args:
+        embeddings: (N, D). Above 15,000 rows Brain searches with the distance sqrt(2 (1 - cosine)).
+
+    Returns:
+        All 1 for N <= 3 and all NaN for N = 4.
+
+    Reference: Voxel51, fiftyone-brain 0.25.0, `internal/core/uniqueness.py`, `internal/core/sklearn.py`.
+    """
+    from sklearn.metrics import pairwise_distances
+    from sklearn.neighbors import NearestNeighbors
+    from sklearn.preprocessing import normalize
+
+    embeddings = _checked(embeddings)
+    n = len(embeddings)
+    if n <= 4:
+        return np.full(n, 1.0 if n <= 3 else np.nan)
+    centred = embeddings - embeddings.mean(axis=0, keepdims=True)
+    if n <= EXACT:
+        distances = pairwise_distances(centred, metric="cosine")
+        np.fill_diagonal(distances, np.inf)
+        nearest = np.sort(distances, axis=1)[:, :4]
+    else:
+        nearest = NearestNeighbors(n_neighbors=4).fit(normalize(centred)).kneighbors()[0]
+    weighted = np.mean(nearest[:, 1:] * [0.6, 0.3, 0.1], axis=1)
+    scores: Array = weighted / weighted.max()
+    return scores
+
+
+def representativeness(embeddings: Array) -> Array | None:
+    """Brain's representativeness (N,) in [0, 1], which is inverted: 1 for the point farthest from its cluster's centre.
+
+    r_i = d_i / max_(j in cluster of i) d_j, d_i = ||e_i - c_i||, with the 20 centres of k-means. The closeness
+    1 / (1 + d) that the name promises is computed and dropped in fiftyone-brain 0.25.0, as in later versions;
+    `representativeness_closeness` goes in that direction.
+
+    Args:
+        embeddings: (N, D).
+
+    Returns:
+        NaN where all points of a cluster coincide, such as in a cluster of one. None for N < 20: there are no 20
+        clusters, and Brain raises.
+
+    Reference: Voxel51, fiftyone-brain 0.25.0, `internal/core/representativeness.py`.
+    """
+    embeddings = _checked(embeddings)
+    if len(embeddings) < CLUSTERS:
+        return None
+    distances, clusters = _distances_to_centres(embeddings, CLUSTERS)
+    with np.errstate(invalid="ignore"):
+        scores: Array = distances / _largest(distances, clusters)
+    return scores
+
+
+def representativeness_closeness(embeddings: Array) -> Array:
+    """How near a point is to the centre of its cluster, (N,) in [0, 1]: 1 at the centre, 0 for the farthest of it.
+
+    1 - d_i / max_(j in cluster of i) d_j, with k = N // 10 clusters of k-means, but at least 1 and at most 20: about
+    ten points or more per cluster, so that it says what is typical for the cluster. From N = 200 on the clusters are
+    Brain's and the score is 1 minus Brain's representativeness. Points of a cluster that all coincide are at its
+    centre.
+
+    Args:
+        embeddings: (N, D), N >= 1.
+    """
+    embeddings = _checked(embeddings)
+    if len(embeddings) == 0:
+        return np.zeros(0)
+    distances, clusters = _distances_to_centres(embeddings, min(max(len(embeddings) // 10, 1), CLUSTERS))
+    # What rounding leaves between a point and the centre of its copies is no distance.
+    noise = 8 * np.finfo(embeddings.dtype).eps * float(np.linalg.norm(embeddings, axis=1).max())
+    largest = _largest(distances, clusters)
+    scores: Array = np.where(largest <= noise, 1.0, 1.0 - distances / np.maximum(largest, np.finfo(float).tiny))
+    return scores
+
+
+def scores(embeddings: Array) -> dict[str, Array]:
+    """The scores of this file by their name in the records; those that N is too small for are left out.
+
+    Args:
+        embeddings: (N, ...); made (N, D).
+    """
+    embeddings = np.asarray(embeddings)
+    embeddings = embeddings.reshape(len(embeddings), -1)
+    found = {"uniqueness": uniqueness(embeddings), "representativeness": representativeness(embeddings)}
+    found["representativeness_closeness"] = representativeness_closeness(embeddings)
+    return {name: column for name, column in found.items() if column is not None and not np.isnan(column).all()}
+
+
+def _checked(embeddings: Array) -> Array:
+    embeddings = np.asarray(embeddings)
+    if embeddings.ndim != 2 or not np.issubdtype(embeddings.dtype, np.floating):
+        raise AntherError(
+            f"embeddings must be floats of shape (N, D), not {embeddings.dtype} {embeddings.shape}; flatten each row."
+        )
+    if not np.isfinite(embeddings).all():
+        row = int(np.flatnonzero(~np.isfinite(embeddings).all(axis=1))[0])
+        raise AntherError(f"embeddings must be finite, but row {row} is not; make the embeddings anew.")
+    return embeddings
+
+
+def _distances_to_centres(embeddings: Array, k: int) -> tuple[Array, NDArray[np.integer]]:
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than clusters
+        clusterer = KMeans(n_clusters=k, random_state=1234).fit(embeddings)
+    distances: Array = np.linalg.norm(embeddings - clusterer.cluster_centers_[clusterer.labels_], axis=1)
+    return distances, clusterer.labels_
+
+
+def _largest(distances: Array, clusters: NDArray[np.integer]) -> Array:
+    """The largest distance in the cluster of each point, (N,)."""
+    largest = np.zeros(clusters.max() + 1, dtype=distances.dtype)
+    np.maximum.at(largest, clusters, distances)
+    of_each: Array = largest[clusters]
+    return of_each

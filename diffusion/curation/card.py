@@ -1,0 +1,282 @@
+"""The card of a published dataset: README.md, from the files of a run alone."""
+
+import json
+import math
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+from diffusion.curation import records
+from diffusion.errors import AntherError
+from diffusion.images import from_uint8, sheet
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PREVIEW = "preview.png"
+PREVIEW_IMAGES = 12
+PREVIEW_COLUMNS = 4
+PROMPTS_SHOWN = 40
+
+# As the seeds' guide prints it; the FiftyOneDataset export lies at `test/` in the repository.
+SEEDS_HEADER = """\
+dataset_info:
+  configs:
+  - config_name: default
+    data_files:
+    - split: test
+      path: "test/samples.json"
+"""
+
+SIZES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (math.inf, "1M<n<10M"))
+
+
+def card(folder: Path | str, repo_id: str, title: str, licence: str) -> str:
+    """The README.md of a dataset repository.
+
+    Its YAML header holds the seeds' `dataset_info`, which `datasets` passes over, and the `configs` by which
+    `datasets` and the hub's viewer find the images in `test/data/`.
+
+    Args:
+        folder: of the run: `records.parquet`, `metrics.json` and `images/` are read.
+        repo_id: "namespace/name" of the repository.
+        title: in words.
+        licence: of the images: an identifier of the hub such as "cc-by-4.0", or words.
+
+    Raises:
+        AntherError: a file of the run is missing or damaged.
+    """
+    folder = Path(folder)
+    frame, (run, metrics) = records.read(folder), read_metrics(folder)
+    prompts = [prompt for prompt in frame["prompt"].tolist() if prompt] if "prompt" in frame else []
+    sections = (
+        f"---\n{_header(len(frame), bool(prompts), title, licence)}---",
+        f"# {text(title)}",
+        f"![A sheet of images from this dataset]({PREVIEW})",
+        _about(len(frame), frame.columns),
+        "## Metrics",
+        "\n".join(_table(("metric", "value", "better", "verdict", "note"), _metric_rows(metrics))),
+        "The number of images is part of a metric's name: values of different numbers of images are not comparable.",
+        "## How it was made",
+        f"```bash\n{_command(run, len(frame))}\n```",
+        "\n".join(_table(("", ""), _run_rows(run, frame))),
+        *_prompts(prompts),
+        "## How to load it",
+        _loading(repo_id),
+        "## Limitations",
+        "\n".join(f"- {line}" for line in _limitations(run, metrics, len(frame), frame.columns)),
+        "## Protocol",
+        "How the images were made and how every number was computed, as recorded by the run.",
+        f"<details><summary>Protocol</summary>\n\n```json\n{_protocol(run, metrics)}\n```\n\n</details>",
+        "## Licence",
+        _licence(licence),
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def preview(folder: Path | str) -> "Image.Image":
+    """A sheet of up to 12 images with their prompts, spread evenly over the run."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    frame = records.read(folder)
+    picked = frame.iloc[np.linspace(0, len(frame) - 1, min(PREVIEW_IMAGES, len(frame))).round().astype(int)]
+    images = []
+    for name in picked["file"]:
+        try:
+            with Image.open(Path(folder) / name) as picture:
+                array = np.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
+        except OSError as error:
+            raise AntherError(f"cannot read the image {Path(folder) / name}: generate it again.") from error
+        images.append(torch.from_numpy(array.copy()).reshape(*array.shape[:2], -1).permute(2, 0, 1))
+    named = picked["prompt"].tolist() if "prompt" in picked else [None] * len(picked)
+    captions = [shorten(_line(prompt or key), 70) for prompt, key in zip(named, picked["id"], strict=True)]
+    scale = max(1, 144 // images[0].shape[-1])
+    return sheet(from_uint8(torch.stack(images)), captions, PREVIEW_COLUMNS, scale)
+
+
+def read_metrics(folder: Path | str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The facts of a run and its metrics by key, as `metrics.json` holds them.
+
+    Raises:
+        AntherError: the file is missing or is not such a file.
+    """
+    path = Path(folder) / "metrics.json"
+    try:
+        content = json.loads(path.read_text())
+        run, metrics = dict(content["run"]), {key: dict(metric) for key, metric in content["metrics"].items()}
+    except FileNotFoundError as error:
+        raise AntherError(
+            f"there are no metrics at {path}: give the folder of a finished run of evaluate.py."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AntherError(f"{path} is damaged: delete it and run evaluate.py again with this hydra.run.dir.") from error
+    return run, metrics
+
+
+def text(value: object) -> str:
+    """A value as one line of Markdown that shows it as it is, in a table too."""
+    return re.sub(r"([\\`*_{}\[\]<>|~#$])", r"\\\1", _line(value).replace("&", "&amp;"))
+
+
+def _line(value: object) -> str:
+    return "".join(character for character in " ".join(str(value).split()) if character.isprintable())
+
+
+def _header(count: int, has_prompts: bool, title: str, licence: str) -> str:
+    import yaml
+
+    identifier = licence.strip().lower()
+    named = {"license": identifier}
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", identifier):
+        named = {"license": "other", "license_name": re.sub(r"[^a-z0-9]+", "-", identifier).strip("-") or "unnamed"}
+    data = {
+        "configs": [{"config_name": "default", "data_files": [{"split": "test", "path": "test/data/*"}]}],
+        "pretty_name": _line(title),
+        **named,
+        "task_categories": ["text-to-image" if has_prompts else "unconditional-image-generation"],
+        "size_categories": [next(name for limit, name in SIZES if count < limit)],
+        "tags": ["fiftyone", "image", "diffusion", "synthetic", "anther"],
+    }
+    return SEEDS_HEADER + yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def _table(head: Sequence[str], rows: Iterator[Sequence[object]]) -> Iterator[str]:
+    for line in (head, ["---"] * len(head)):
+        yield f"| {' | '.join(line)} |"
+    for row in rows:
+        yield f"| {' | '.join(map(text, row))} |"
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
+
+
+def _about(count: int, columns: Sequence[str]) -> str:
+    scores = [name for name in columns if name not in ("id", "file", "checkpoint")]
+    return (
+        f"This dataset contains the FiftyOne export of the diffusion evaluation: {count} generated images.\n\n"
+        "- **Split**: Test / Evaluation\n"
+        "- **Format**: FiftyOneDataset, in `test/`; `test/data/metadata.parquet` lets `datasets` load the same images\n"
+        f"- **Per image**: {', '.join(f'`{name}`' for name in scores)}\n"
+        "- **Beside it**, where the run made them: `metrics.json`, `metrics.csv`, `plots/`, `records.parquet`, "
+        "`embeddings.npy`; an image that `records.parquet` calls `images/NAME` is `test/data/NAME` here, and row i of "
+        "the embeddings belongs to record i"
+    )
+
+
+def _metric_rows(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[Sequence[object]]:
+    for key, metric in metrics.items():
+        words = (metric.get(name) or "" for name in ("better", "verdict", "note"))
+        yield key, _number(metric.get("value")), *words
+
+
+def _command(run: Mapping[str, Any], count: int) -> str:
+    words = [f"ckpt={Path(str(run.get('checkpoint'))).name}", f"num_images={count}", f"seed={run.get('first_seed')}"]
+    if run.get("guidance_weight") is not None:
+        words.append(f"guidance.weight={run['guidance_weight']}")
+    return _line(shlex.join(["python", "evaluate.py", *words]))
+
+
+def _run_rows(run: Mapping[str, Any], frame: Any) -> Iterator[Sequence[object]]:
+    seeds = frame["seed"].tolist() if "seed" in frame else []
+    facts = {
+        "experiment": run.get("experiment"),
+        "checkpoint": Path(str(run["checkpoint"])).name if run.get("checkpoint") else None,
+        "checkpoint, sha256": run.get("checkpoint_sha256"),
+        "validation loss": run.get("validation_loss"),
+        "parameters": run.get("parameters"),
+        "training data": run.get("data"),
+        "training data, digest": run.get("data_digest"),
+        "conditioner": run.get("conditioner"),
+        "image shape": run.get("image_shape"),
+        "images": len(frame),
+        "seeds": f"{min(seeds)} to {max(seeds)}, one per image" if seeds else None,
+        "guidance weight": run.get("guidance_weight"),
+        "sampler": run.get("sampler"),
+        "steps": run.get("steps"),
+        "T": run.get("T"),
+        "embedding": run.get("embedding"),
+        "versions": run.get("versions"),
+        "made": run.get("made"),
+    }
+    for name, value in facts.items():
+        if value is not None:
+            yield name, json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else _number(value)
+
+
+def _prompts(prompts: Sequence[str]) -> Iterator[str]:
+    if not prompts:
+        return
+    counts = Counter(prompts)
+    shown = list(counts.items())[:PROMPTS_SHOWN]
+    yield "\n".join(_table(("prompt", "images"), iter(shown)))
+    if len(counts) > len(shown):
+        yield f"{len(counts) - len(shown)} more prompts are in `records.parquet`."
+
+
+def _loading(repo_id: str) -> str:
+    return f"""With [FiftyOne](https://docs.voxel51.com):
+
+```python
+import fiftyone as fo
+from huggingface_hub import snapshot_download
+
+folder = snapshot_download("{repo_id}", repo_type="dataset")
+dataset = fo.Dataset.from_dir(dataset_dir=f"{{folder}}/test", dataset_type=fo.types.FiftyOneDataset)
+session = fo.launch_app(dataset)
+```
+
+With [datasets](https://huggingface.co/docs/datasets):
+
+```python
+from datasets import load_dataset
+
+dataset = load_dataset("{repo_id}", split="test")
+```"""
+
+
+def _limitations(
+    run: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]], count: int, columns: Sequence[str]
+) -> Iterator[str]:
+    shape = run.get("image_shape")
+    if shape:
+        yield (
+            f"The images have {shape[-1]} × {shape[-2]} pixels and {shape[0]} channel{'s' * (shape[0] > 1)}: at this "
+            "resolution the model captures only a limited aspect of its subjects."
+        )
+    yield f"{count} images were made and scored; FID and its like are biased by this number."
+    weight = run.get("guidance_weight")
+    if weight is not None:
+        yield (
+            f"All images were made with the guidance weight w = {_number(weight)} (e = (1 + w) e_c − w e_u; the "
+            "papers' scale is 1 + w): a higher weight follows the prompt more closely and makes the images more alike."
+        )
+    for note in dict.fromkeys(_line(metric["note"]) for metric in metrics.values() if metric.get("note")):
+        keys = ", ".join(text(key) for key, metric in metrics.items() if _line(metric.get("note") or "") == note)
+        yield f"{keys}: {text(note)}"
+    if "nearest_distance" in columns:
+        yield "A model may repeat its training images: `nearest_distance` and `nearest_real` say how close each comes."
+    yield (
+        "Every image has its own seed, but full determinism is not guaranteed: operations of GPUs differ between "
+        "machines and versions, and so do times and memory."
+    )
+
+
+def _protocol(run: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    facts = dict(run)
+    if facts.get("checkpoint"):
+        facts["checkpoint"] = Path(str(facts["checkpoint"])).name
+    protocols = {key: metric.get("protocol", {}) for key, metric in metrics.items()}
+    return json.dumps({"run": facts, "metrics": protocols}, indent=2)
+
+
+def _licence(licence: str) -> str:
+    if licence.strip().lower() == "unknown":
+        return "None was stated by the publisher."
+    return f"The images: {text(licence)}."

@@ -1,0 +1,296 @@
+"""One run of evaluate.py: generate, score, report, curate, publish; each stage is on disk before the next begins."""
+
+import importlib.util
+import shlex
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from diffusion.build import build
+from diffusion.curation import publish
+from diffusion.curation.export import DATASET, export_fiftyone, export_imagefolder
+from diffusion.errors import AntherError
+from diffusion.evaluation.embeddings import Embedding
+from diffusion.evaluation.generate import Made, Plan, assemble, check, claim, generate
+from diffusion.evaluation.metric import Result
+from diffusion.evaluation.prompts import labels_of, read_prompts
+from diffusion.evaluation.report import print_metrics, read_metrics, split_key, write_metrics, write_report
+from diffusion.evaluation.scoring import Scorers, read_images
+from diffusion.evaluation.subject import Subject, load_data, load_subject
+from diffusion.fabric import make_fabric
+from diffusion.images import from_uint8
+from diffusion.samplers import Sampler
+
+LIBRARIES = ("torch", "torchvision", "lightning", "torchmetrics", "open_clip_torch", "torch-fidelity", "fiftyone")
+
+
+def evaluate(config: Mapping[str, Any], folder: Path) -> float | None:
+    """Evaluates what the config describes, going on where an earlier run in the folder stopped.
+
+    Args:
+        config: that of conf/evaluate.yaml, resolved.
+        folder: of the run.
+
+    Returns:
+        The metric named `objective`, where it was computed.
+
+    Raises:
+        AntherError: any fault that the user can mend.
+    """
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    _check_installed(config)
+    fabric = make_fabric(config["trainer"])
+    fabric.launch()
+    subject = load_subject(config["ckpt"], config["model"])
+    subject.model.to(fabric.device)
+    datamodule = load_data(subject.config, **config["data"]) if _needs_data(config, subject) else None
+    plan = make_plan(config, subject, datamodule)
+    check(subject.model, plan)
+    if not fabric.is_global_zero:
+        fabric.barrier()
+        generate(subject.model, plan, folder, fabric.global_rank, fabric.world_size, fabric.autocast)
+        fabric.barrier()
+        return None
+    # Weights and statistics come first: hours of drawing must not end in a file that is missing.
+    scorers = Scorers(config, subject, datamodule, str(fabric.device))
+    claim(folder, protocol(plan))
+    _announce(subject, plan, scorers, folder)
+    fabric.barrier()
+    made = generate(subject.model, plan, folder, 0, fabric.world_size, fabric.autocast)
+    fabric.barrier()
+    results, anew = _score(scorers, subject, plan, made, folder)
+    if anew or not (folder / "report.html").exists():
+        _report(config, scorers, folder)
+    print_metrics(results)
+    _track(config, folder)
+    if config["dataset"] is not None and (anew or not (folder / DATASET).exists()):
+        _curate(config["dataset"]["name"] or _dataset_name(folder), folder)
+        write_report(folder, app_command(folder))
+    _publish(config, folder)
+    _farewell(config, folder)
+    if config["app"]:
+        from diffusion.curation.app import open_app
+
+        open_app(folder)
+    return _objective(config["objective"], results)
+
+
+def make_plan(config: Mapping[str, Any], subject: Subject, datamodule: Any) -> Plan:
+    """What is drawn: the model's own settings, where the config does not choose others.
+
+    Args:
+        config: that of conf/evaluate.yaml, resolved.
+        subject: whose images.
+        datamodule: its data, for the names of classes; None where they are not needed.
+
+    Raises:
+        AntherError: the config asks for something that the model cannot do.
+    """
+    model = subject.model
+    classes = tuple(datamodule.class_names if datamodule else subject.config.get("data", {}).get("classes") or ())
+    captions = {name: datamodule.caption(name) for name in classes} if hasattr(datamodule, "caption") else {}
+    asked = None if model.conditioner is None and config["prompts"] == "classes" else config["prompts"]
+    prompts = read_prompts(asked, classes, captions)
+    own, chosen = subject.config["module"].get("sampler", {}), config.get("sampler")
+    sampler: Sampler = model.sampler if chosen is None else build(chosen)
+    weight = config["guidance"]["weight"]
+    return Plan(
+        prompts=None if prompts is None else tuple(prompts),
+        labels=None if prompts is None else tuple(labels_of(prompts, classes, captions)),
+        num_images=config["num_images"],
+        first_seed=config["seed"],
+        weight=getattr(model, "weight", None) if weight is None else weight,
+        sampler=sampler,
+        sampler_record=dict(own if chosen is None else chosen),
+        T=model.denoiser.schedule.T,
+        batch_size=config["batch_size"],
+        embedding=None if config["embedding"] is None else Embedding(**config["embedding"]),
+        checkpoint_sha256=subject.sha256,
+    )
+
+
+def protocol(plan: Plan) -> dict[str, Any]:
+    """All that the images and embeddings of a folder depend on, as plain values."""
+    return {
+        "checkpoint_sha256": plan.checkpoint_sha256,
+        "prompts": None if plan.prompts is None else list(plan.prompts),
+        "num_images": plan.num_images,
+        "seed": plan.first_seed,
+        "guidance_weight": plan.weight,
+        "sampler": dict(plan.sampler_record),
+        "steps": plan.steps,
+        "batch_size": plan.batch_size,
+        "embedding": None if plan.embedding is None else asdict(plan.embedding),
+    }
+
+
+def _check_installed(config: Mapping[str, Any]) -> None:
+    wanted = {
+        "pyarrow": True,
+        "torch_fidelity": config["inception"] is not None,
+        "fiftyone": config["dataset"] is not None,
+    }
+    missing = [name for name, needed in wanted.items() if needed and importlib.util.find_spec(name) is None]
+    if missing:
+        raise AntherError(
+            f"evaluating needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: run "
+            "pip install 'anther[eval,offline]'."
+        )
+    if config["publish"]["repo_id"] is not None and config["dataset"] is None:
+        raise AntherError("publish.repo_id publishes what dataset=null leaves out: drop one of the two.")
+    if config["publish"]["repo_id"] is not None:
+        publish.check(config["publish"]["repo_id"], config["publish"]["dry_run"])
+
+
+def _needs_data(config: Mapping[str, Any], subject: Subject) -> bool:
+    by_class = config["prompts"] == "classes" and subject.model.conditioner is not None
+    return by_class or config["inception"] is not None or config["nearest"] is not None
+
+
+def _facts(subject: Subject, plan: Plan, made: Made, scorers: Scorers) -> dict[str, Any]:
+    """Who drew the images, and how."""
+    conditioner = subject.model.conditioner
+    installed = {name: version(name) for name in LIBRARIES if importlib.util.find_spec(name.replace("-", "_"))}
+    return {
+        "experiment": subject.config.get("name"),
+        "checkpoint": subject.path,
+        "validation_loss": subject.validation_loss,
+        "parameters": subject.parameters,
+        "T": plan.T,
+        "image_shape": list(subject.model.image_shape),
+        "first_seed": plan.first_seed,
+        "conditioner": "none" if conditioner is None else conditioner.describe(),
+        "data": _data_name(subject),
+        "scored_with": scorers.identity,
+        "versions": installed,
+        # Part of the images may have been there already; then nobody knows how long all of them took.
+        "seconds": made.seconds if made.images == plan.num_images else None,
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        **protocol(plan),
+    }
+
+
+def _data_name(subject: Subject) -> str | None:
+    node = subject.config.get("data", {})
+    name: str | None = node.get("name") or str(node.get("_target_", "")).rpartition(".")[2] or None
+    return name
+
+
+def _score(
+    scorers: Scorers, subject: Subject, plan: Plan, made: Made, folder: Path
+) -> tuple[Mapping[str, Result], bool]:
+    """The metrics of the folder's images, and whether they were computed now or found as they were left."""
+    from diffusion.curation import brain, records
+    from diffusion.evaluation import embeddings
+
+    frame = assemble(plan, folder)
+    before = read_metrics(folder) if (folder / "metrics.json").exists() else None
+    if made.images == 0 and before is not None and before[0].get("scored_with") == scorers.identity:
+        print(f"{folder} is scored already; to score anew delete {folder / 'metrics.json'}.")
+        return before[1], False
+    run = _facts(subject, plan, made, scorers)
+    if before is not None and run["seconds"] is None:
+        run["seconds"] = before[0].get("seconds")
+    images = read_images(folder, list(frame["file"]))
+    prompts = None if plan.prompts is None else list(frame["prompt"])
+    scores = scorers.score(images, prompts, protocol(plan))
+    if plan.embedding is not None:
+        definition = {"N": len(frame), "embedding": asdict(plan.embedding)}
+        scores.add(brain.scores(embeddings.load(folder)), {}, definition)
+    records.with_columns(folder, scores.columns)
+    write_metrics(folder, run, scores.results)
+    return scores.results, True
+
+
+def _report(config: Mapping[str, Any], scorers: Scorers, folder: Path) -> None:
+    from diffusion.evaluation.plots import draw_plots
+
+    training = scorers.training
+    draw_plots(folder, None if training is None else lambda row: from_uint8(training.image(row)))
+    write_report(folder, None if config["dataset"] is None else app_command(folder))
+    export_imagefolder(folder)
+
+
+def _track(config: Mapping[str, Any], folder: Path) -> None:
+    from diffusion.evaluation.track import track
+    from diffusion.loggers import finish
+
+    if loggers := [build(node) for node in (config["logger"] or {}).values()]:
+        track(folder, loggers)
+        finish(loggers)
+
+
+def _curate(name: str, folder: Path) -> None:
+    from diffusion.curation.dataset import build_dataset
+
+    build_dataset(folder, name)
+    export_fiftyone(name, folder)
+    print(f"FiftyOne data set {name!r}, exported to {folder / DATASET}")
+
+
+def _publish(config: Mapping[str, Any], folder: Path) -> None:
+    settings = config["publish"]
+    if settings["repo_id"] is None:
+        return
+    asked = [word for word in config["overrides"] if not word.startswith("publish.dry_run")]
+    words = ["python", "evaluate.py", *asked, f"hydra.run.dir={folder}", "publish.dry_run=false"]
+    publish.publish(
+        folder,
+        settings["repo_id"],
+        dry_run=settings["dry_run"],
+        private=settings["private"],
+        licence=settings["licence"],
+        command=shlex.join(words),
+    )
+
+
+def _dataset_name(folder: Path) -> str:
+    run = folder.absolute()
+    return f"{run.parent.name}-{run.name}"
+
+
+def _announce(subject: Subject, plan: Plan, scorers: Scorers, folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    prompts = "none" if plan.prompts is None else f"{len(plan.prompts)}: {'; '.join(plan.prompts[:3])}"
+    rows = {
+        "model": f"{subject.config.get('name')}, {subject.parameters:,} parameters, {subject.path}",
+        "images": f"{plan.num_images}, seeds {plan.first_seed} to {plan.first_seed + plan.num_images - 1}",
+        "prompts": prompts + (" …" if plan.prompts and len(plan.prompts) > 3 else ""),
+        "sampler": f"{type(plan.sampler).__name__}, {plan.steps} steps",
+        "guidance": "none" if plan.weight is None else f"w = {plan.weight}",
+        **scorers.describe(),
+        "folder": str(folder),
+    }
+    table = Table.grid(padding=(0, 2))
+    for key, value in rows.items():
+        table.add_row(f"[bold]{key}[/]", value)
+    Console(soft_wrap=True).print(table)
+
+
+def _farewell(config: Mapping[str, Any], folder: Path) -> None:
+    print(f"everything   {folder}")
+    print(f"report       {folder / 'report.html'}")
+    print(f"pictures     {folder / 'images'}, {folder / 'plots'}")
+    print(f"metrics      {folder / 'metrics.json'}, per image {folder / 'records.parquet'}")
+    print(f"for datasets {folder / 'imagefolder'}")
+    if config["dataset"] is not None:
+        print(f"for FiftyOne {folder / 'dataset'}")
+        print(f"look at it   {app_command(folder)}")
+
+
+def app_command(folder: Path) -> str:
+    """What opens the App on a run."""
+    return f"python -m diffusion.curation.app {folder}"
+
+
+def _objective(name: str | None, results: Mapping[str, Result]) -> float | None:
+    for key, result in results.items():
+        if split_key(key).name == name:
+            return result.value
+    return None

@@ -1,0 +1,307 @@
+"""Scores of the images of a folder: per image as columns of the records, for the set as results."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.assets import AssetError
+from diffusion.errors import AntherError
+from diffusion.evaluation.distribution import check_number, distribution_metrics
+from diffusion.evaluation.inception import Extractor, Features, load_extractor
+from diffusion.evaluation.metric import Result
+from diffusion.evaluation.nearest import entropy, nearest, realism
+from diffusion.evaluation.reference import Reference, reference
+from diffusion.evaluation.subject import Subject
+from diffusion.images import from_uint8
+
+if TYPE_CHECKING:
+    from diffusion.evaluation.clip_score import ClipScore
+
+Array = np.ndarray
+Direction = Literal["higher", "lower"] | None
+
+BATCH = 64
+NEIGHBOURS = 3  # of realism, as in its paper
+
+
+@dataclass
+class Scores:
+    """What a set of images got.
+
+    Attributes:
+        columns: per image, N values each, by the name of the column.
+        results: for the set, by the name of the metric.
+    """
+
+    columns: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Result] = field(default_factory=dict)
+
+    def add(self, columns: Mapping[str, Any], directions: Mapping[str, Direction], protocol: Mapping[str, Any]) -> None:
+        """Adds per-image scores, and the mean of each under its name and N.
+
+        Args:
+            columns: N numbers each, by name; NaN for an image that has none.
+            directions: in which a score's mean improves; none for those that are not named.
+            protocol: how they were computed.
+        """
+        for name, values in columns.items():
+            numbers, n = np.asarray(values, np.float64), len(values)
+            self.columns[name] = numbers.tolist()
+            known = numbers[~np.isnan(numbers)]
+            note = None if len(known) == n else f"the mean of {len(known)} images; the others have none"
+            mean = float(known.mean()) if len(known) else None
+            shared = {"N": n, "form": "mean over images", **protocol}
+            self.results[f"{name}_{n}"] = Result(mean, directions.get(name), note=note, protocol=shared)
+
+
+def read_images(folder: Path, files: list[str]) -> Tensor:
+    """The PNGs of a folder as uint8 (N, C, H, W), C = 1 or 3.
+
+    Raises:
+        AntherError: one is missing or damaged.
+    """
+    from PIL import Image
+
+    rows = []
+    for file in files:
+        try:
+            with Image.open(folder / file) as image:
+                pixels = np.asarray(image)
+        except OSError as error:
+            raise AntherError(f"{folder / file} cannot be read: delete it and run the same command again.") from error
+        rows.append(torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1))
+    return torch.stack(rows)
+
+
+# Scorers stay loaded, with the embeddings of their prompts, for the next job of a sweep.
+@lru_cache(maxsize=1)
+def load_clip_scorer(model: str, pretrained: str, device: str) -> "ClipScore":
+    """The CLIP that scores, loaded now: hours of work must not end in missing weights."""
+    from diffusion.evaluation.clip_score import ClipScore
+
+    scorer = ClipScore(model, pretrained).to(device)
+    scorer.load()
+    return scorer
+
+
+@dataclass(frozen=True)
+class Reals:
+    """Real images that the drawn ones are held against.
+
+    Attributes:
+        pixels: uint8 (M, C, H, W), at the size of the drawn images, not augmented.
+        rows: of the data table, (M,).
+        names: of the images.
+        split: which.
+        digest: of the data table.
+    """
+
+    pixels: Tensor
+    rows: Array
+    names: tuple[str, ...]
+    split: str
+    digest: str
+
+    def image(self, row: int) -> Tensor:
+        """The image of a row of the data table, uint8 (C, H, W)."""
+        return self.pixels[int(np.flatnonzero(self.rows == row)[0])]
+
+
+def read_reals(datamodule: Any, split: str) -> Reals:
+    """The real images of a split, or of all splits together.
+
+    Raises:
+        AntherError: there is no such split.
+    """
+    splits: dict[str, Array] = datamodule.splits
+    if split != "all" and split not in splits:
+        raise AntherError(f"the data have the splits {', '.join(splits)} and no {split!r}: choose one of them, or all.")
+    chosen = list(splits) if split == "all" else [split]
+    rows = np.concatenate([splits[name] for name in chosen])
+    pixels = torch.cat([datamodule.pixels(name) for name in chosen])
+    table = datamodule.table
+    return Reals(pixels, rows, tuple(table.names[row] for row in rows), split, table.digest)
+
+
+class Scorers:
+    """Everything that scores the images of a run, loaded before the first image is drawn.
+
+    Args:
+        config: that of conf/evaluate.yaml, resolved.
+        subject: whose images.
+        datamodule: its data; None where the config needs none.
+        device: where the scoring networks run.
+
+    Attributes:
+        training: the training images that the nearest is looked for among, or None.
+        identity: all that the scores depend on beside the images, as plain values.
+
+    Raises:
+        AntherError: weights or data are missing, or the images are of a kind or number that is refused.
+    """
+
+    def __init__(self, config: Mapping[str, Any], subject: Subject, datamodule: Any, device: str) -> None:
+        self._subject = subject
+        self._inception, self._nearest = config["inception"], config["nearest"]
+        self._clip = None
+        if config["clip"] is not None and subject.model.conditioner is not None:
+            self._clip = load_clip_scorer(config["clip"]["model"], config["clip"]["pretrained"], device)
+        self.training: Reals | None = None
+        self._extractor: Extractor | None = None
+        self._reference: Reference | None = None
+        self._left_out = ""
+        if self._nearest is not None:
+            self.training = read_reals(datamodule, self._nearest["split"])
+        if self._inception is not None:
+            self._prepare_inception(read_reals(datamodule, self._inception["split"]), config["num_images"], device)
+        if self._nearest is not None and self._nearest["space"] == "inception" and self._extractor is None:
+            raise AntherError(
+                "nearest.space=inception needs Inception, which is left out here: set nearest.space=pixels or "
+                "nearest=null."
+            )
+        if self._nearest is not None and self._nearest["space"] not in ("inception", "pixels"):
+            raise AntherError(f"nearest.space is inception or pixels, not {self._nearest['space']!r}.")
+
+    def _prepare_inception(self, reals: Reals, num_images: int, device: str) -> None:
+        check_number(num_images, len(reals.rows), self._inception["few_images"])
+        try:
+            extractor = load_extractor(self._inception["weights"], device, self._inception["one_channel"])
+        except AssetError as error:
+            if self._inception["missing"] != "leave_out":
+                raise
+            self._left_out = str(error)
+            return
+        self._reals, self._extractor = reals, extractor
+        self._reference = reference(reals.pixels, reals.names, reals.digest, reals.split, extractor)
+
+    @property
+    def identity(self) -> dict[str, Any]:  # noqa: D102
+        clip = None if self._clip is None else {"name": self._clip.name, "weights": self._clip.load().weights_hash}
+        against = None
+        if self._reference is not None:
+            found = self._reference
+            against = {**found.protocol, "split": found.split, "data_digest": found.digest, "N_real": len(found)}
+        nearest = None if self.training is None else {**self._nearest, "data_digest": self.training.digest}
+        return {"clip": clip, "inception": against, "left_out": self._left_out, "nearest": nearest}
+
+    def describe(self) -> dict[str, str]:
+        """What a person wants to know before the run, by heading."""
+        rows = {"scores": "none" if self._clip is None else f"CLIP {self._clip.name}"}
+        if self._reference is not None:
+            which = self._reference.split if self._reference.split != "all" else "all splits"
+            rows["against"] = f"{len(self._reference)} real images ({which}) by {self._reference.protocol['extractor']}"
+        if self.training is not None:
+            rows["nearest"] = f"among {len(self.training.rows)} training images, in {self._nearest['space']}"
+        return rows
+
+    def score(self, images: Tensor, prompts: Sequence[str] | None, run_protocol: Mapping[str, Any]) -> Scores:
+        """Scores images.
+
+        Args:
+            images: uint8 (N, C, H, W).
+            prompts: one per image; None without a condition.
+            run_protocol: how the images were made, stored beside the protocol of every metric.
+        """
+        scores = Scores()
+        if self._clip is not None and prompts is not None:
+            self._score_clip(scores, images, prompts, run_protocol)
+        features = None
+        if self._extractor is not None and self._reference is not None:
+            features = self._extractor.features(images, label="Inception features")
+            scores.results |= distribution_metrics(
+                features,
+                self._reference,
+                images,
+                self._extractor,
+                run_protocol,
+                few_images=self._inception["few_images"],
+            )
+            protocol = {**self.identity["inception"], **run_protocol}
+            if len(self._reference) > NEIGHBOURS:
+                scores.add(
+                    {"realism": realism(features.pool, self._reference.features, NEIGHBOURS)},
+                    {"realism": "higher"},
+                    {**protocol, "neighbours": NEIGHBOURS},
+                )
+            if features.logits is not None:
+                scores.add({"inception_entropy": entropy(features.logits)}, {}, {**protocol, "unit": "nats"})
+        elif self._left_out:
+            for name in ("fid", "kid"):
+                scores.results[f"{name}_{len(images)}"] = Result(None, "lower", note=f"left out: {self._left_out}")
+        if self.training is not None:
+            self._score_nearest(scores, images, features, run_protocol)
+        return scores
+
+    def _score_clip(
+        self, scores: Scores, images: Tensor, prompts: Sequence[str], run_protocol: Mapping[str, Any]
+    ) -> None:
+        from rich.progress import track
+
+        assert self._clip is not None
+        scorer, clip, n = self._clip, self._clip.load(), len(images)
+        starts = track(range(0, n, BATCH), "CLIP score", transient=True, disable=n <= 2 * BATCH)
+        cosines = torch.cat(
+            [scorer.score(from_uint8(images[k : k + BATCH]), prompts[k : k + BATCH]) for k in starts]
+        ).double()
+        conditioner = self._subject.model.conditioner
+        own = (getattr(conditioner, "model", None), getattr(conditioner, "pretrained", None))
+        flattered = own == (scorer.model, scorer.pretrained)
+        note = "the scorer also conditions the model, which flatters it" if flattered else None
+        protocol = {
+            "N": n,
+            "scorer": scorer.name,
+            "weights_sha256": clip.weights_hash,
+            "preprocess": clip.source.preprocess,
+            "form": "cosine of the embeddings of image and prompt",
+            **run_protocol,
+        }
+        scores.columns["clip_score"] = cosines.tolist()
+        mean, deviation = float(cosines.mean()), float(cosines.std(correction=0))
+        scores.results[f"clip_score_{n}/{scorer.name}"] = Result(mean, "higher", None, note, protocol)
+        scores.results[f"clip_score_100_{n}/{scorer.name}"] = Result(100 * mean, "higher", None, note, protocol)
+        scores.results[f"clip_score_std_{n}/{scorer.name}"] = Result(deviation, None, None, note, protocol)
+
+    def _score_nearest(
+        self, scores: Scores, images: Tensor, features: Features | None, run_protocol: Mapping[str, Any]
+    ) -> None:
+        assert self.training is not None
+        training, space = self.training, self._nearest["space"]
+        if space == "pixels":
+            ours, theirs = _as_vectors(images), _as_vectors(training.pixels)
+        else:
+            assert features is not None
+            ours, theirs = features.pool, self._training_features()
+        distance, position = nearest(ours, theirs)
+        protocol = {
+            "distance": "L2 of pixels in [0, 1]" if space == "pixels" else "L2 of Inception features",
+            "split": training.split,
+            "N_real": len(training.rows),
+            "data_digest": training.digest,
+            **run_protocol,
+        }
+        scores.add({"nearest_distance": distance}, {}, protocol)
+        scores.columns["nearest_real"] = [training.names[k] for k in position]
+        scores.columns["nearest_row"] = training.rows[position].tolist()
+
+    def _training_features(self) -> Array:
+        """Inception features of the training images: rows of the reference where it has them."""
+        assert self.training is not None
+        assert self._extractor is not None
+        assert self._reference is not None
+        training = self.training
+        if np.isin(training.rows, self._reals.rows).all():
+            place = {row: k for k, row in enumerate(self._reals.rows)}
+            chosen: Array = self._reference.features[[place[row] for row in training.rows]]
+            return chosen
+        return reference(training.pixels, training.names, training.digest, training.split, self._extractor).features
+
+
+def _as_vectors(images: Tensor) -> Array:
+    vectors: Array = images.flatten(1).float().div(255).numpy()
+    return vectors

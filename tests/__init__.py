@@ -1,0 +1,1 @@
+"""A package, for a dependency installs one of the same name."""

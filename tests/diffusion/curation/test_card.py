@@ -1,0 +1,238 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+from PIL import Image
+
+from diffusion.curation.card import card, preview, read_metrics, text
+from diffusion.errors import AntherError
+
+# The YAML of seed 001, "Step 1 — Add YAML Metadata", between its two lines of dashes.
+SEEDS = """\
+dataset_info:
+  configs:
+  - config_name: default
+    data_files:
+    - split: test
+      path: "test/samples.json"
+"""
+
+HOSTILE = (
+    "a rose | a lily",
+    "first line\nsecond line",
+    "---\nlicense: mit",
+    "`code` **bold** _it_ [link](x) <b>html</b> ~~no~~ #1 & &amp; $x$ \\| back\\slash",
+    "'quoted' \"twice\": {a: [1]} - *anchor !!tag %",
+    "маки 向日葵 \U0001f33b",
+    "```\nfence",
+)
+
+RUN = {
+    "experiment": "flowers",
+    "checkpoint": "/home/somebody/secret place/best.ckpt",
+    "checkpoint_sha256": "c4" * 32,
+    "validation_loss": 0.0888,
+    "parameters": 34122243,
+    "T": 500,
+    "image_shape": [3, 8, 8],
+    "prompts": list(HOSTILE),
+    "num_images": 14,
+    "first_seed": 100,
+    "guidance_weight": 3.0,
+    "sampler": {"_target_": "diffusion.samplers.DDIM", "eta": 0.25},
+    "steps": 50,
+    "embedding": {"layer": "down2", "form": "flat"},
+    "data": "cropped_flowers",
+    "data_digest": "ab12",
+    "conditioner": "clip ViT-B-32",
+    "versions": {"torch": "2.13.0"},
+    "seconds": 12.5,
+    "made": "2026-01-02",
+}
+METRICS = {
+    "clip_score_14/ViT-B-32|x": {
+        "value": 0.27301234,
+        "better": "higher",
+        "verdict": None,
+        "note": "the scorer is the conditioning model | see\nthe protocol",
+        "protocol": {"model": "ViT-B-32", "prompt": "```\n| a"},
+    },
+    "fid_14": {
+        "value": 87.5,
+        "better": "lower",
+        "verdict": "moderate (50 to 100)",
+        "note": None,
+        "protocol": {"N": 14},
+    },
+    "is_14": {"value": None, "better": "higher", "verdict": None, "note": "needs the fc layer", "protocol": {}},
+}
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(prompts=HOSTILE, run=RUN, metrics=METRICS, n=14, channels=3) -> Path:
+        (tmp_path / "images").mkdir(exist_ok=True)
+        rows = []
+        for k in range(n):
+            shape = (8, 8, 3) if channels == 3 else (8, 8)
+            pixels = np.random.default_rng(k).integers(0, 256, shape, dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"images/{k:06d}.png")
+            rows.append({"id": f"{k:06d}", "seed": 100 + k, "file": f"images/{k:06d}.png", "clip_score": k / 10})
+            rows[-1]["prompt"] = prompts[k % len(prompts)] if prompts else None
+        pd.DataFrame(rows).to_parquet(tmp_path / "records.parquet")
+        (tmp_path / "metrics.json").write_text(json.dumps({"run": run, "metrics": metrics}))
+        return tmp_path
+
+    return make
+
+
+def split(readme):
+    match = re.match(r"---\n(.*?)\n---\n", readme, re.DOTALL)
+    return match[1] + "\n", readme[match.end() :]
+
+
+def tables(body):
+    """Every table as rows of the plain text that a reader of the rendered page sees."""
+    found, inside = [], False
+    for token in MarkdownIt("commonmark").enable("table").parse(body):
+        if token.type == "table_open":
+            found.append([])
+        elif token.type == "tr_open":
+            found[-1].append([])
+        elif token.type in ("th_open", "td_open"):
+            inside = True
+        elif token.type == "inline" and inside:
+            inside = False
+            assert {child.type for child in token.children} <= {"text", "text_special"}, token.content
+            found[-1][-1].append("".join(child.content for child in token.children))
+    return found
+
+
+def shown(value):
+    return " ".join(str(value).split())
+
+
+def test_header(make):
+    header, _ = split(card(make(), "me/flowers", "T: {x} # y\n'z' | w", "CC-BY-4.0"))
+    assert header.startswith(SEEDS)
+    data = yaml.safe_load(header)
+    assert data["dataset_info"] == yaml.safe_load(SEEDS)["dataset_info"]
+    assert data["configs"] == [
+        {"config_name": "default", "data_files": [{"split": "test", "path": "test/data/*"}]},
+    ]
+    assert data["pretty_name"] == "T: {x} # y 'z' | w"
+    assert data["license"] == "cc-by-4.0"
+    assert "fiftyone" in data["tags"]
+    assert data["task_categories"] == ["text-to-image"]
+    assert data["size_categories"] == ["n<1K"]
+    # A second reader, the hub client's own.
+    from huggingface_hub import DatasetCard
+
+    assert DatasetCard(card(make(), "me/flowers", "x", "mit")).data.license == "mit"
+
+
+@pytest.mark.parametrize(
+    ("licence", "identifier", "name"),
+    [
+        ("MIT", "mit", None),
+        ("All rights | reserved: me", "other", "all-rights-reserved-me"),
+        ("unknown", "unknown", None),
+    ],
+)
+def test_licence(make, licence, identifier, name):
+    header, body = split(card(make(), "me/flowers", "x", licence))
+    data = yaml.safe_load(header)
+    assert data["license"] == identifier
+    assert data.get("license_name") == name
+    section = body.rpartition("## Licence")[2]
+    assert text(licence) in section or (licence == "unknown" and "None was stated" in section)
+
+
+def test_tables_say_what_the_files_say(make):
+    _, body = split(card(make(), "me/flowers", "A | title\n---", "mit"))
+    metrics, facts, prompts = tables(body)
+    assert metrics == [
+        ["metric", "value", "better", "verdict", "note"],
+        ["clip_score_14/ViT-B-32|x", "0.273", "higher", "", shown(METRICS["clip_score_14/ViT-B-32|x"]["note"])],
+        ["fid_14", "87.5", "lower", "moderate (50 to 100)", ""],
+        ["is_14", "–", "higher", "", "needs the fc layer"],
+    ]
+    facts = dict(facts[1:])
+    assert facts["checkpoint"] == "best.ckpt"
+    assert facts["checkpoint, sha256"] == "c4" * 32
+    assert facts["seeds"] == "100 to 113, one per image"
+    assert facts["guidance weight"] == "3"
+    assert json.loads(facts["sampler"]) == RUN["sampler"]
+    assert facts["steps"] == "50"
+    assert facts["parameters"] == "34122243"
+    assert prompts[1:] == [[shown(prompt), "2"] for prompt in HOSTILE]
+    headings = [line for line in body.splitlines() if line.startswith("#")]
+    names = ["Metrics", "How it was made", "How to load it", "Limitations", "Protocol", "Licence"]
+    assert headings == ["# A \\| title ---", *(f"## {name}" for name in names)]
+
+
+def test_protocol_is_whole_and_no_folder_of_this_machine_is_told(make):
+    readme = card(make(), "me/flowers", "x", "mit")
+    tokens = MarkdownIt("commonmark").parse(readme.partition("## Protocol")[2])
+    (block,) = [token.content for token in tokens if token.type == "fence"]
+    assert json.loads(block) == {
+        "run": RUN | {"checkpoint": "best.ckpt"},
+        "metrics": {key: metric["protocol"] for key, metric in METRICS.items()},
+    }
+    assert "somebody" not in readme
+    assert str(make()) not in readme
+
+
+def test_how_it_was_made_and_loaded(make):
+    readme = card(make(), "me/flowers", "x", "mit")
+    assert "python evaluate.py ckpt=best.ckpt num_images=14 seed=100 guidance.weight=3.0\n" in readme
+    assert 'snapshot_download("me/flowers", repo_type="dataset")' in readme
+    assert 'load_dataset("me/flowers", split="test")' in readme
+    assert "](preview.png)" in readme
+    code = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(code) == 2
+    for block in code:
+        compile(block, "card", "exec")
+
+
+def test_limitations(make):
+    section = card(make(), "me/flowers", "x", "mit").partition("## Limitations")[2].partition("## Protocol")[0]
+    assert "8 × 8 pixels" in section
+    assert "14 images" in section
+    assert "w = 3 " in section
+    assert "the scorer is the conditioning model" in section
+    assert "determinism is not guaranteed" in section
+
+
+def test_many_prompts_are_cut_and_none_is_unconditional(make):
+    readme = card(make([f"prompt {k}" for k in range(45)], n=50), "me/flowers", "x", "mit")
+    assert "5 more prompts are in `records.parquet`." in readme
+    readme = card(make(None, run={"checkpoint": None}), "me/flowers", "x", "mit")
+    assert yaml.safe_load(split(readme)[0])["task_categories"] == ["unconditional-image-generation"]
+    assert len(tables(split(readme)[1])) == 2
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_preview_shows_the_images(make, channels):
+    folder = make(n=14, channels=channels)
+    page = np.asarray(preview(folder))
+    for name in ("000000", "000013"):
+        pixels = np.asarray(Image.open(folder / f"images/{name}.png").convert("RGB"))
+        large = pixels.repeat(18, 0).repeat(18, 1)
+        windows = np.lib.stride_tricks.sliding_window_view(page[..., 0], (1, 144))[:, :, 0]
+        places = np.argwhere((windows == large[0, :, 0]).all(-1))
+        assert any(np.array_equal(page[y : y + 144, x : x + 144], large) for y, x in places)
+    assert page.shape[1] == 4 * 150 + 6
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"run": {}}', '{"run": {}, "metrics": {"a": 1}}'])
+def test_damaged_metrics(tmp_path, content):
+    if content is not None:
+        (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(AntherError, match=r"metrics\.json"):
+        read_metrics(tmp_path)

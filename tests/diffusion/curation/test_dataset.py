@@ -1,0 +1,228 @@
+"""The FiftyOne dataset of a run, in a real MongoDB."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from diffusion.curation import brain, records
+from diffusion.curation.dataset import DEFINITIONS, SCORES, VIEWS, build_dataset
+from diffusion.curation.gather import gather, main
+from diffusion.errors import AntherError
+
+
+def embeddings_of(folder):
+    rows = np.load(folder / "embeddings.npy")
+    return rows.reshape(len(rows), -1)
+
+
+def test_fields_are_those_of_the_records(fiftyone, built):
+    dataset, frame = fiftyone.load_dataset("built"), records.read(built)
+    assert dataset.persistent
+    assert dataset.values("filepath") == [str(built / file) for file in frame["file"]]
+    assert dataset.values("prompt.label") == list(frame["prompt"])
+    assert dataset.values("label.label") == list(frame["label"])
+    assert dataset.values("sample_index") == list(range(24))
+    assert dataset.values("tags") == [["w=3.0"]] * 24
+    assert dataset.values("realism")[2] is None
+    kept = ("seed", "guidance_weight", "sampler", "steps", "checkpoint", "nearest_real", "nearest_row", "clip_score")
+    for name in (*kept, "nearest_distance", "inception_entropy", "uniqueness", "representativeness_closeness"):
+        assert dataset.values(name) == frame[name].tolist(), name
+    assert not dataset.has_field("file")
+
+
+def test_each_sample_has_its_own_embedding(fiftyone, built):
+    dataset = fiftyone.load_dataset("built")
+    assert dataset.get_field("unet_embedding").__class__.__name__ == "VectorField"
+    by_file = {
+        record.file: row for record, row in zip(records.read(built).itertuples(), embeddings_of(built), strict=True)
+    }
+    for sample in dataset:
+        np.testing.assert_array_equal(sample["unet_embedding"], by_file[f"images/{sample.filename}"])
+        assert sample["unet_embedding"].dtype == np.float32
+
+
+def test_scores_are_brains_on_our_embeddings_and_go_into_the_records(fiftyone, built):
+    dataset, frame, embeddings = fiftyone.load_dataset("built"), records.read(built), embeddings_of(built)
+    expected = brain.scores(embeddings)
+    assert set(expected) == set(SCORES)
+    for name, column in expected.items():
+        np.testing.assert_allclose(np.array(dataset.values(name), float), column, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(frame[name].astype(float), column, atol=1e-6, err_msg=name)
+    # A cluster of one has no value: NaN would break JSON and MongoDB's order.
+    undefined = int(np.isnan(expected["representativeness"]).sum())
+    assert undefined > 0
+    assert dataset.values("representativeness").count(None) == undefined
+    assert f"representativeness of {undefined} of 24 images" in " ".join(dataset.info["left_out"])
+    assert dataset.get_brain_info("uniqueness").config.embeddings_field == "unet_embedding"
+
+
+def test_visualisations_are_of_our_embeddings(fiftyone, built):
+    dataset, embeddings = fiftyone.load_dataset("built"), embeddings_of(built)
+    assert {"umap", "pca"} <= set(dataset.list_brain_runs())
+    points = dataset.load_brain_results("pca")
+    assert list(points.sample_ids) == dataset.values("id")
+    centred = embeddings - embeddings.mean(0)
+    left, scales, _ = np.linalg.svd(centred, full_matrices=False)
+    np.testing.assert_allclose(np.abs(points.points), np.abs(left[:, :2] * scales[:2]), atol=1e-4)
+    assert points.reducer_blob is None
+    assert dataset.load_brain_results("umap").points.shape == (24, 2)
+
+
+def test_saved_views_are_in_order(fiftyone, built):
+    dataset, frame = fiftyone.load_dataset("built"), records.read(built)
+    assert dataset.list_saved_views() == list(dict.fromkeys(name for name, _, _ in VIEWS))
+    for name, field, descending in VIEWS:
+        if field != "realism":
+            expected = frame.sort_values(field, ascending=not descending)["file"][:6]
+            got = dataset.load_saved_view(name).values("filepath")
+            assert got == [str(built / file) for file in expected], name
+
+
+def test_info_holds_run_metrics_and_definitions(fiftyone, built):
+    dataset = fiftyone.load_dataset("built")
+    dataset.reload()
+    facts = json.loads((built / "metrics.json").read_text())
+    assert dataset.info["run"] == facts["run"]
+    assert dataset.info["metrics"] == facts["metrics"]
+    assert set(dataset.info["definitions"]) == set(DEFINITIONS) - {"run"}
+    assert "FARTHEST" in dataset.get_field("representativeness").description
+
+
+def test_rebuilding_replaces_the_whole(fiftyone, make_run, tmp_path):
+    folder = make_run(tmp_path / "first", n=5)
+    build_dataset(folder, "again")
+    first = fiftyone.load_dataset("again")
+    first.save_view("mine", first.limit(1))
+    build_dataset(make_run(tmp_path / "second", n=6, shape=None, scored=False), "again")
+    second = fiftyone.load_dataset("again")
+    assert len(second) == 6
+    assert second.list_saved_views() == second.list_brain_runs() == []
+    assert not second.has_field("clip_score")
+    assert not second.has_field("unet_embedding")
+    fiftyone.delete_dataset("again")
+
+
+def test_a_build_that_fails_leaves_the_dataset_as_it_was(fiftyone, make_run, tmp_path, monkeypatch):
+    import fiftyone.brain as fob
+
+    folder = make_run(tmp_path / "run", n=5)
+    build_dataset(folder, "stays")
+    before, names = fiftyone.load_dataset("stays").values("id"), fiftyone.list_datasets()
+
+    def stop(*args, **kwargs):
+        assert "stays" in fiftyone.list_datasets(), "the old one must live until the new one is whole"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fob, "compute_visualization", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build_dataset(folder, "stays")
+    assert fiftyone.load_dataset("stays").values("id") == before
+    assert fiftyone.list_datasets() == names
+    fiftyone.delete_dataset("stays")
+
+
+@pytest.mark.parametrize(("n", "fields", "runs"), [(1, 2, ["uniqueness"]), (4, 1, ["pca", "uniqueness"])])
+def test_few_images(fiftyone, make_run, tmp_path, n, fields, runs):
+    build_dataset(make_run(tmp_path / "run", n=n), "few")
+    dataset = fiftyone.load_dataset("few")
+    assert dataset.list_brain_runs() == runs
+    left_out = " ".join(dataset.info["left_out"])
+    assert "umap: it needs more than 15 images" in left_out
+    assert "representativeness: Brain needs 20" in left_out
+    assert dataset.count("representativeness_closeness") == n
+    # Of four images Brain's uniqueness is not a number.
+    assert dataset.count("uniqueness") == (0 if n == 4 else n)
+    assert ("uniqueness of 4 of 4" in left_out) == (n == 4)
+    assert ("uniqueness" in records.read(tmp_path / "run")) == (n != 4)
+    fiftyone.delete_dataset("few")
+
+
+def test_unconditional_run_without_embeddings(fiftyone, make_run, tmp_path):
+    folder = make_run(tmp_path / "run", n=4, weight=None, shape=None, prompted=False)
+    build_dataset(folder, "bare")
+    dataset = fiftyone.load_dataset("bare")
+    assert not dataset.has_field("prompt")
+    assert dataset.values("tags") == [[]] * 4
+    assert dataset.info["left_out"] == [
+        "unet_embedding, uniqueness, representativeness, representativeness_closeness, umap, pca: "
+        "the run has no embeddings.npy"
+    ]
+    assert not set(SCORES) & set(records.read(folder))
+    fiftyone.delete_dataset("bare")
+
+
+def test_best_goes_by_realism_where_there_is_no_clip_score(fiftyone, make_run, tmp_path):
+    folder = make_run(tmp_path / "run", n=8, shape=None)
+    frame = records.read(folder).drop(columns="clip_score")
+    records.write(folder, frame)
+    build_dataset(folder, "by realism")
+    dataset = fiftyone.load_dataset("by realism")
+    for name, ascending in (("best", False), ("worst", True)):
+        # The image without a value is neither best nor worst.
+        expected = frame.sort_values("realism", ascending=ascending)["file"][:2]
+        assert dataset.load_saved_view(name).values("filepath") == [str(folder / file) for file in expected]
+    fiftyone.delete_dataset("by realism")
+
+
+def test_flat_embeddings_of_the_course_model(fiftyone, make_run, tmp_path):
+    build_dataset(make_run(tmp_path / "run", n=3, shape=(512, 8, 8)), "wide")
+    assert fiftyone.load_dataset("wide").first()["unet_embedding"].shape == (32768,)
+    fiftyone.delete_dataset("wide")
+
+
+def test_gathers_a_sweep(fiftyone, make_run, tmp_path, capsys):
+    folders = [make_run(tmp_path / "sweep" / f"w={w}.0", n=5, seed=w, weight=float(w)) for w in (0, 1)]
+    main([*map(str, folders), "--name", "sweep"])
+    assert "python -m diffusion.curation.app 'sweep'" in capsys.readouterr().out
+    dataset = fiftyone.load_dataset("sweep")
+    assert dataset.values("run") == ["w=0.0"] * 5 + ["w=1.0"] * 5
+    assert dataset.values("tags") == [["w=0.0"]] * 5 + [["w=1.0"]] * 5
+    assert dataset.values("sample_index") == [*range(5), *range(5)]
+    embeddings = np.concatenate([embeddings_of(folder) for folder in folders])
+    np.testing.assert_allclose(dataset.values("uniqueness"), brain.uniqueness(embeddings), atol=1e-6)
+    np.testing.assert_array_equal(np.stack(dataset.values("unet_embedding")), embeddings)
+    assert [run["name"] for run in dataset.info["runs"]] == ["w=0.0", "w=1.0"]
+    assert [run["run"]["guidance_weight"] for run in dataset.info["runs"]] == [0, 1]
+    assert "uniqueness" not in records.read(folders[0])
+    fiftyone.delete_dataset("sweep")
+
+
+def test_gathers_runs_whose_embeddings_differ(fiftyone, make_run, tmp_path):
+    folders = [make_run(tmp_path / str(d), n=2, shape=(d,)) for d in (3, 4)]
+    gather(folders, "mixed")
+    dataset = fiftyone.load_dataset("mixed")
+    assert not dataset.has_field("unet_embedding")
+    assert "not of one length" in dataset.info["left_out"][0]
+    with pytest.raises(AntherError, match="once"):
+        gather([folders[0], folders[0]], "mixed")
+    fiftyone.delete_dataset("mixed")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda folder: (folder / "records.parquet").unlink(), "no records"),
+        (lambda folder: (folder / "images" / "000001.png").unlink(), "lacks 1 images"),
+        (lambda folder: np.save(folder / "embeddings.npy", np.zeros((3, 2), np.float32)), "3 rows for 4 records"),
+        (lambda folder: np.save(folder / "embeddings.npy", np.full((4, 2), np.nan, np.float32)), "must be finite"),
+        (lambda folder: (folder / "metrics.json").write_text("{"), "metrics.json is damaged"),
+    ],
+)
+def test_refuses_a_folder_that_does_not_fit(fiftyone, make_run, tmp_path, break_it, message):
+    folder = make_run(tmp_path / "run", n=4)
+    break_it(folder)
+    names = fiftyone.list_datasets()
+    with pytest.raises(AntherError, match=message):
+        build_dataset(folder, "broken")
+    assert fiftyone.list_datasets() == names
+
+
+def test_refuses_a_name_that_fiftyone_does_not_take(fiftyone, make_run, tmp_path, built):
+    folder = make_run(tmp_path / "run", n=2)
+    for name in ("%", "BUILT"):
+        with pytest.raises(AntherError, match="choose another name"):
+            build_dataset(folder, name)
+    assert len(fiftyone.load_dataset("built")) == 24
+    shutil.rmtree(folder)

@@ -1,0 +1,246 @@
+"""evaluate.py as a person runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from diffusion import checkpoint, cli
+from diffusion.evaluation import scoring, subject
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = "prompts=[a red rose,two white daisies,a yellow sunflower]"
+QUICK = [
+    PROMPTS,
+    "num_images=8",
+    "sampler=ddim",
+    "sampler.steps=2",
+    "batch_size=3",
+    "clip.model=anther-flowers-32",
+    "clip.pretrained=embedded",
+    "nearest.space=pixels",
+    "inception=null",
+    "dataset=null",
+]
+
+Call = Callable[..., Path]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What must be the same in any way to the same images; metrics.json knows when it was made."""
+    files = [*sorted((folder / "images").iterdir()), folder / "records.parquet", folder / "embeddings.npy"]
+    return {path.name: path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained: Path, command: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    done = command("evaluate.py", f"ckpt={trained}", *QUICK, f"hydra.run.dir={folder}")
+    assert done.returncode == 0, done.stderr
+    assert str(folder / "report.html") in done.stdout
+    return folder
+
+
+def test_a_run_leaves_everything_it_promises(evaluated: Path, trained: Path) -> None:
+    frame = pd.read_parquet(evaluated / "records.parquet")
+    assert list(frame["id"]) == [f"{k:06d}" for k in range(8)]
+    assert list(frame["seed"]) == list(range(8))
+    assert list(frame["prompt"][:4]) == ["a red rose", "two white daisies", "a yellow sunflower", "a red rose"]
+    assert list(frame["label"][:3]) == ["rose", "daisy", "sunflower"]
+    assert all(Image.open(evaluated / file).size == (32, 32) for file in frame["file"])
+    assert np.load(evaluated / "embeddings.npy").shape == (8, 32)
+    columns = {"clip_score", "nearest_distance", "nearest_real", "uniqueness", "representativeness_closeness"}
+    assert columns <= set(frame.columns)
+    for name in ("metrics.csv", "report.html", "protocol.json", "plots/grid.png", "plots/nearest.png"):
+        assert (evaluated / name).stat().st_size > 0
+    assert len(list((evaluated / "imagefolder").rglob("*.png"))) == 8
+    document = json.loads((evaluated / "metrics.json").read_text())
+    run = document["run"]
+    assert run["checkpoint"] == str(trained)
+    assert run["guidance_weight"] == 1.0
+    assert run["steps"] == 2
+    score = document["metrics"]["clip_score_8/anther-flowers-32/embedded"]
+    assert score["value"] == pytest.approx(frame["clip_score"].mean())
+    assert "conditions the model" in score["note"]
+    for key, metric in document["metrics"].items():
+        assert "8" in key
+        assert metric["protocol"]["N"] == 8
+
+
+def test_the_same_command_again_changes_nothing(evaluated: Path, trained: Path, command: Run) -> None:
+    before, metrics = contents(evaluated), (evaluated / "metrics.json").read_bytes()
+    done = command("evaluate.py", f"ckpt={trained}", *QUICK, f"hydra.run.dir={evaluated}")
+    assert done.returncode == 0, done.stderr
+    assert contents(evaluated) == before
+    assert (evaluated / "metrics.json").read_bytes() == metrics
+
+
+def test_scores_are_of_the_files(evaluated: Path) -> None:
+    scorer = scoring.load_clip_scorer("anther-flowers-32", "embedded", "cpu")
+    frame = pd.read_parquet(evaluated / "records.parquet")
+    for row in (0, 5):
+        pixels = torch.from_numpy(np.asarray(Image.open(evaluated / frame["file"][row])).copy()).permute(2, 0, 1)
+        score = scorer.score(pixels[None].float() / 127.5 - 1, [frame["prompt"][row]])
+        assert frame["clip_score"][row] == pytest.approx(score.item(), abs=1e-6)
+
+
+def test_the_nearest_image_is_the_nearest(evaluated: Path, trained: Path) -> None:
+    config = checkpoint.read(trained)["config"]
+    data = subject.load_data(config)
+    train = data.pixels("train").flatten(1).double() / 255
+    frame = pd.read_parquet(evaluated / "records.parquet")
+    for row in range(8):
+        ours = torch.from_numpy(np.asarray(Image.open(evaluated / frame["file"][row])).copy()).permute(2, 0, 1)
+        distances = (train - ours.flatten().double() / 255).norm(dim=1)
+        assert frame["nearest_distance"][row] == pytest.approx(distances.min().item(), rel=1e-5)
+        assert frame["nearest_real"][row] == data.table.names[data.splits["train"][distances.argmin()]]
+
+
+def test_weights_from_elsewhere_with_a_config_draw_the_same(trained: Path, evaluated: Path, call: Call) -> None:
+    saved = checkpoint.read(trained)
+    bare = evaluated.parent / "bare.pth"
+    # As torch.compile and torch.save leave it.
+    torch.save(
+        {f"_orig_mod.{key}": value for key, value in saved["ema"]["network"].items()}
+        if "ema" in saved
+        else {
+            f"_orig_mod.{key.removeprefix('denoiser.network.')}": value for key, value in saved["state_dict"].items()
+        },
+        bare,
+    )
+    described_by = trained.parents[1] / ".hydra" / "config.yaml"
+    folder = call("evaluate.py", f"ckpt={bare}", f"model={described_by}", *QUICK, "nearest=null", "clip=null")
+    for path in (evaluated / "images").iterdir():
+        there, here = (np.asarray(Image.open(p), dtype=int) for p in (path, folder / "images" / path.name))
+        # One process has one thread and the other as many as there are: equal to the rounding of sums.
+        assert np.abs(there - here).max() <= 1
+
+
+def test_the_models_own_sampler_and_weight_are_the_default(trained: Path, call: Call) -> None:
+    quick = [word for word in QUICK if not word.startswith(("sampler", "num_images"))]
+    folder = call("evaluate.py", f"ckpt={trained}", *quick, "num_images=2", "clip=null", "nearest=null")
+    run = json.loads((folder / "metrics.json").read_text())["run"]
+    config = checkpoint.read(trained)["config"]
+    assert run["sampler"] == config["module"]["sampler"]
+    assert run["steps"] == config["module"]["sampler"]["steps"] == 30
+    assert run["guidance_weight"] == config["guidance"]["weight"]
+
+
+def test_a_sweep_ends_with_one_table_and_one_picture(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    loads: list[object] = []
+    original = subject.load_model
+    monkeypatch.setattr(subject, "load_model", lambda *args: loads.append(args) or original(*args))
+    subject._load.cache_clear()
+    sweep = tmp_path / "sweep"
+    overrides = [
+        f"ckpt={trained}",
+        *QUICK,
+        "objective=clip_score",
+        "guidance.weight=0,2,10",
+        f"hydra.sweep.dir={sweep}",
+    ]
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "evaluate.py"), "-m", *overrides])
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    cli.run(evaluate.main)
+    assert len(loads) == 1
+    table = pd.read_csv(sweep / "sweep.csv")
+    assert list(table.iloc[:, 0].astype(float)) == [0, 2, 10] or 10 in table.to_numpy()
+    assert (sweep / "sweep.png").stat().st_size > 0
+    weights = [json.loads((sweep / str(k) / "metrics.json").read_text())["run"]["guidance_weight"] for k in range(3)]
+    assert weights == [0, 2, 10]
+    assert "best" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["ckpt=nowhere.ckpt"], "nowhere.ckpt"),
+        (["prompts=nothing_shipped"], "nothing_shipped"),
+        (["prompts=[a steam engine]"], "steam"),
+        (["num_images=0"], "num_images"),
+        (
+            ["inception={weights: null, split: val, few_images: refuse, one_channel: refuse, missing: refuse}"],
+            "too few",
+        ),
+        (["nearest.split=dev"], "dev"),
+        (["nearest.space=inception"], "nearest.space=pixels"),
+        (["embedding.layer=dwn2"], "down2"),
+        (["publish.repo_id=me/flowers"], "dataset=null"),
+        (["network=flowers"], "network"),
+        (["data.path=/nowhere"], "data.path"),
+        (["model=flowers"], "its own config"),
+    ],
+)
+def test_bad_input(overrides: list[str], says: str, trained: Path, refused: Callable[..., str], tmp_path: Path) -> None:
+    assert says in refused("evaluate.py", f"ckpt={trained}", *QUICK, *overrides)
+    assert not (tmp_path / "run" / "images").exists()
+
+
+def test_a_folder_keeps_to_its_settings(evaluated: Path, trained: Path, refused: Callable[..., str]) -> None:
+    before = contents(evaluated)
+    said = refused("evaluate.py", f"ckpt={trained}", *QUICK, "guidance.weight=5", folder=evaluated)
+    assert "guidance_weight" in said
+    assert "hydra.run.dir" in said
+    assert contents(evaluated) == before
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bytes(trained: Path, evaluated: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    words = [sys.executable, "evaluate.py", f"ckpt={trained}", *QUICK, "sampler.steps=60", "num_images=30"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = tmp_path / "whole"
+    subprocess.run([*words, f"hydra.run.dir={whole}"], cwd=ROOT, env=environment, check=True, capture_output=True)
+    process = subprocess.Popen([*words, f"hydra.run.dir={folder}"], cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+    while process.poll() is None and len(list(folder.glob("parts/*.npz"))) < 3:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < len(list(folder.glob("images/*.png"))) < 30
+    assert not (folder / "records.parquet").exists()
+    subprocess.run([*words, f"hydra.run.dir={folder}"], cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert contents(folder) == contents(whole)
+
+
+@pytest.mark.slow
+def test_the_whole_way_to_a_data_set_and_a_dry_run(trained: Path, command: Run, tmp_path: Path) -> None:
+    environment = ["num_images=60", "inception.split=train", "inception.missing=leave_out"]
+    quick = [word for word in QUICK if not word.startswith(("inception", "dataset", "num_images"))]
+    folder = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FIFTYONE_DATABASE_DIR", str(tmp_path / "db"))
+        patch.setenv("FIFTYONE_CONFIG_PATH", str(tmp_path / "fiftyone.json"))
+        done = command(
+            "evaluate.py",
+            f"ckpt={trained}",
+            *quick,
+            *environment,
+            "publish.repo_id=me/flowers",
+            "logger=wandb",
+            f"hydra.run.dir={folder}",
+            timeout=900,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    samples = json.loads((folder / "dataset" / "samples.json").read_text())["samples"]
+    assert len(samples) == 60
+    fields = {"prompt", "clip_score", "unet_embedding", "uniqueness", "representativeness"}
+    assert fields <= set(samples[0])
+    assert "test/samples.json" in done.stdout
+    assert "nothing was sent" in done.stdout
+    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+    assert metrics["fid_60"]["value"] is not None or "left out" in metrics["fid_60"]["note"]
+    assert list((folder / "logs" / "wandb").glob("offline-run-*"))
