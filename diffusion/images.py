@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.errors import AntherError
 from diffusion.files import atomic
 
 if TYPE_CHECKING:
@@ -84,6 +85,25 @@ def save_png(image: Tensor, path: Path | str) -> None:
     """Writes one image (C, H, W) in [-1, 1] as a lossless PNG."""
     with atomic(path) as temporary:
         to_pil(image).save(temporary, format="PNG")
+
+
+def read_pngs(paths: Sequence[Path]) -> Tensor:
+    """The images that `save_png` wrote, as uint8 (N, C, H, W), C = 1 or 3; one or more, all of one size.
+
+    Raises:
+        AntherError: one is missing or damaged.
+    """
+    from PIL import Image
+
+    rows = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                pixels = np.array(image)
+        except OSError as error:
+            raise AntherError(f"{path} cannot be read: delete it and run the same command again.") from error
+        rows.append(torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1))
+    return torch.stack(rows)
 
 
 def save_gif(frames: Sequence[Tensor], path: Path | str, ms: int = 60, last_ms: int = 2000) -> None:

@@ -11,8 +11,8 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from diffusion.curation import records
-from diffusion.errors import AntherError
-from diffusion.images import from_uint8, sheet
+from diffusion.evaluation.report import public, read_metrics
+from diffusion.images import from_uint8, read_pngs, sheet
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -51,7 +51,8 @@ def card(folder: Path | str, repo_id: str, title: str, licence: str) -> str:
         AntherError: a file of the run is missing or damaged.
     """
     folder = Path(folder)
-    frame, (run, metrics) = records.read(folder), read_metrics(folder)
+    frame, (run, results) = records.read(folder), read_metrics(folder)
+    run, metrics = public(run), {key: result.record() for key, result in results.items()}
     prompts = [prompt for prompt in frame["prompt"].tolist() if prompt] if "prompt" in frame else []
     sections = (
         f"---\n{_header(len(frame), bool(prompts), title, licence)}---",
@@ -81,42 +82,14 @@ def card(folder: Path | str, repo_id: str, title: str, licence: str) -> str:
 def preview(folder: Path | str) -> "Image.Image":
     """A sheet of up to 12 images with their prompts, spread evenly over the run."""
     import numpy as np
-    import torch
-    from PIL import Image
 
     frame = records.read(folder)
     picked = frame.iloc[np.linspace(0, len(frame) - 1, min(PREVIEW_IMAGES, len(frame))).round().astype(int)]
-    images = []
-    for name in picked["file"]:
-        try:
-            with Image.open(Path(folder) / name) as picture:
-                array = np.asarray(picture if picture.mode == "L" else picture.convert("RGB"))
-        except OSError as error:
-            raise AntherError(f"cannot read the image {Path(folder) / name}: generate it again.") from error
-        images.append(torch.from_numpy(array.copy()).reshape(*array.shape[:2], -1).permute(2, 0, 1))
+    images = read_pngs([Path(folder) / name for name in picked["file"]])
     named = picked["prompt"].tolist() if "prompt" in picked else [None] * len(picked)
     captions = [shorten(_line(prompt or key), 70) for prompt, key in zip(named, picked["id"], strict=True)]
-    scale = max(1, 144 // images[0].shape[-1])
-    return sheet(from_uint8(torch.stack(images)), captions, PREVIEW_COLUMNS, scale)
-
-
-def read_metrics(folder: Path | str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The facts of a run and its metrics by key, as `metrics.json` holds them.
-
-    Raises:
-        AntherError: the file is missing or is not such a file.
-    """
-    path = Path(folder) / "metrics.json"
-    try:
-        content = json.loads(path.read_text())
-        run, metrics = dict(content["run"]), {key: dict(metric) for key, metric in content["metrics"].items()}
-    except FileNotFoundError as error:
-        raise AntherError(
-            f"there are no metrics at {path}: give the folder of a finished run of evaluate.py."
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AntherError(f"{path} is damaged: delete it and run evaluate.py again with this hydra.run.dir.") from error
-    return run, metrics
+    scale = max(1, 144 // images.shape[-1])
+    return sheet(from_uint8(images), captions, PREVIEW_COLUMNS, scale)
 
 
 def text(value: object) -> str:
@@ -177,7 +150,7 @@ def _metric_rows(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[Sequence[
 
 
 def _command(run: Mapping[str, Any], count: int) -> str:
-    words = [f"ckpt={Path(str(run.get('checkpoint'))).name}", f"num_images={count}", f"seed={run.get('first_seed')}"]
+    words = [f"ckpt={run.get('checkpoint')}", f"num_images={count}", f"seed={run.get('seed')}"]
     if run.get("guidance_weight") is not None:
         words.append(f"guidance.weight={run['guidance_weight']}")
     return _line(shlex.join(["python", "evaluate.py", *words]))
@@ -187,7 +160,7 @@ def _run_rows(run: Mapping[str, Any], frame: Any) -> Iterator[Sequence[object]]:
     seeds = frame["seed"].tolist() if "seed" in frame else []
     facts = {
         "experiment": run.get("experiment"),
-        "checkpoint": Path(str(run["checkpoint"])).name if run.get("checkpoint") else None,
+        "checkpoint": run.get("checkpoint"),
         "checkpoint, sha256": run.get("checkpoint_sha256"),
         "validation loss": run.get("validation_loss"),
         "parameters": run.get("parameters"),
@@ -269,11 +242,8 @@ def _limitations(
 
 
 def _protocol(run: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    facts = dict(run)
-    if facts.get("checkpoint"):
-        facts["checkpoint"] = Path(str(facts["checkpoint"])).name
-    protocols = {key: metric.get("protocol", {}) for key, metric in metrics.items()}
-    return json.dumps({"run": facts, "metrics": protocols}, indent=2)
+    protocols = {key: metric["protocol"] for key, metric in metrics.items()}
+    return json.dumps({"run": run, "metrics": protocols}, indent=2)
 
 
 def _licence(licence: str) -> str:

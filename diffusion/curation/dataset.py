@@ -1,6 +1,5 @@
 """The FiftyOne dataset of a run, from the files in its folder."""
 
-import json
 import math
 import os
 import warnings
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from diffusion.curation import brain, database, records
 from diffusion.errors import AntherError
+from diffusion.evaluation.report import public, read_metrics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,13 +94,11 @@ def read_run(folder: Path | str) -> Run:
                 f"{folder / 'embeddings.npy'} has {len(embeddings)} rows for {len(frame)} records: delete it and "
                 "evaluate again."
             )
-    try:
-        facts = json.loads((folder / "metrics.json").read_text())
-    except FileNotFoundError:
-        facts = {}
-    except ValueError as error:
-        raise AntherError(f"{folder / 'metrics.json'} is damaged: delete it and evaluate again.") from error
-    return Run(folder, frame, embeddings, {key: facts.get(key, {}) for key in ("run", "metrics")})
+    facts: dict[str, Any] = {"run": {}, "metrics": {}}
+    if (folder / "metrics.json").exists():
+        facts_of_run, results = read_metrics(folder)
+        facts = {"run": public(facts_of_run), "metrics": {key: result.record() for key, result in results.items()}}
+    return Run(folder, frame, embeddings, facts)
 
 
 def build_dataset(folder: Path | str, name: str) -> str:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusion.curation import card, records
+from diffusion.curation.export import DATASET, IMAGEFOLDER
 from diffusion.errors import AntherError
+from diffusion.evaluation.report import document, public, read_metrics
 from diffusion.files import atomic
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ ATTEMPTS = 5
 LONGEST_WAIT = 300
 """Seconds: the window in which the hub counts requests. A longer Retry-After is told to the user instead."""
 
-BESIDE = ("metrics.json", "metrics.csv", "records.parquet", "embeddings.npy")
+BESIDE = ("metrics.csv", "records.parquet", "embeddings.npy")
 
 T = TypeVar("T")
 
@@ -130,7 +132,7 @@ def contents(folder: Path, repo_id: str, title: str, licence: str) -> Iterator[I
 
     frame = records.read(folder)
     readme = card.card(folder, repo_id, title, licence)
-    export, metadata = folder / "dataset", folder / "imagefolder" / "test" / "metadata.parquet"
+    export, metadata = folder / DATASET, folder / IMAGEFOLDER / "test" / "metadata.parquet"
     for path in (export / "samples.json", metadata):
         if not path.is_file():
             raise AntherError(
@@ -147,6 +149,8 @@ def contents(folder: Path, repo_id: str, title: str, licence: str) -> Iterator[I
     card.preview(folder).save(picture, format="PNG")
     yield Item("README.md", readme.encode())
     yield Item(card.PREVIEW, picture.getvalue())
+    run, results = read_metrics(folder)
+    yield Item("metrics.json", document(public(run), results).encode())
     for name in BESIDE:
         if (folder / name).is_file():
             yield Item(name, folder / name)

@@ -230,7 +230,7 @@ def distribution_metrics(
     few_images: FewImages = "refuse",
     minimum: int = MINIMUM,
 ) -> dict[str, Result]:
-    """All metrics of a set of N images, under keys that carry N: `fid_500`, `kid_500`, `kid_std_500`, ….
+    """All metrics of the features of N images, under keys that carry N: `fid_500`, `kid_500`, `kid_std_500`, ….
 
     Args:
         generated: features of the images.
@@ -298,11 +298,24 @@ def distribution_metrics(
         precision, recall = precision_recall(generated.pool, reference.features, k)
         add("precision", precision, "higher", {"neighbours": k})
         add("recall", recall, "higher", {"neighbours": k})
+    return results
 
-    noise = "noise has more of it than photographs, so more is not better by itself"
-    space = {"distance": "L2 of pixels in [0, 1]"}
-    add("diversity", diversity(images), None, {**space, "pairs": min(100, 2 * n), "scoring_seed": SEED}, noise)
-    add("diversity_pairs", diversity_pairs(images), None, {**space, "pairs": n * (n - 1) // 2}, noise)
+
+def diversity_metrics(images: Tensor, run_protocol: Mapping[str, Any]) -> dict[str, Result]:
+    """The diversity of a set of images, in the seeds' form and over all pairs; needs neither reals nor a network.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        run_protocol: how the images were made, stored beside the metrics' own.
+    """
+    n = len(images)
+    note = "noise has more of it than photographs, so more is not better by itself"
+    shared = {"N": n, "distance": "L2 of pixels in [0, 1]", **run_protocol}
+    sampled = {**shared, "pairs": min(100, 2 * n), "scoring_seed": SEED}
+    results = {f"diversity_{n}": Result(diversity(images), note=note, protocol=sampled)}
+    if n > 1:
+        every = {**shared, "pairs": n * (n - 1) // 2}
+        results[f"diversity_pairs_{n}"] = Result(diversity_pairs(images), note=note, protocol=every)
     return results
 
 

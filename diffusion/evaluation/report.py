@@ -89,14 +89,23 @@ def write_metrics(folder: Path, run: Mapping[str, Any], results: Mapping[str, Re
         AntherError: the folder cannot be written.
     """
     finite = {key: _finite(result) for key, result in results.items()}
-    document = {"run": run, "metrics": {key: result.record() for key, result in finite.items()}}
     with atomic(folder / "metrics.json") as temporary:
-        text = json.dumps(_plain(document), indent=2, allow_nan=False, ensure_ascii=False)
-        temporary.write_text(text + "\n", "utf-8")
+        temporary.write_text(document(run, finite), "utf-8")
     with atomic(folder / "metrics.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["key", "value", "verdict", "note"])
         writer.writerows([key, result.value, result.verdict, result.note] for key, result in finite.items())
+
+
+def public(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a generation as strangers may read them: of the checkpoint's path, only the name."""
+    return {**run, "checkpoint": Path(str(run["checkpoint"])).name} if run.get("checkpoint") else dict(run)
+
+
+def document(run: Mapping[str, Any], results: Mapping[str, Result]) -> str:
+    """The content of `metrics.json`; values must be finite."""
+    content = {"run": run, "metrics": {key: result.record() for key, result in results.items()}}
+    return json.dumps(_plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def read_metrics(folder: Path) -> tuple[dict[str, Any], dict[str, Result]]:
@@ -107,11 +116,11 @@ def read_metrics(folder: Path) -> tuple[dict[str, Any], dict[str, Result]]:
     """
     path = folder / "metrics.json"
     try:
-        document = json.loads(path.read_text("utf-8"))
-        results = {key: Result(**record) for key, record in document["metrics"].items()}
+        content = json.loads(path.read_text("utf-8"))
+        results = {key: Result(**record) for key, record in content["metrics"].items()}
         if not all(result.value is None or math.isfinite(result.value) for result in results.values()):
             raise ValueError("a value that is no number")
-        return dict(document["run"]), results
+        return dict(content["run"]), results
     except FileNotFoundError as error:
         raise AntherError(f"there is no {path}: give the folder of a finished run of evaluate.py.") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

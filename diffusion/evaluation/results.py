@@ -136,7 +136,8 @@ def _training(run: Path, damaged: list[str]) -> dict[str, Any] | None:
         result = json.loads(record.read_text("utf-8"))
         if result["metric"] == "val/loss":
             row.setdefault("val_loss_last", float(result["objective"]))
-        row["parameters"] = int(result.get("parameters", row.get("parameters", 0))) or None
+        if "parameters" in result:
+            row["parameters"] = int(result["parameters"])
     except (OSError, ValueError, KeyError, TypeError):
         damaged.append(f"{record} is damaged.")
     return row

@@ -2,7 +2,6 @@
 
 import importlib.util
 import shlex
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -12,17 +11,17 @@ from typing import Any
 
 from diffusion.build import build
 from diffusion.curation import publish
-from diffusion.curation.export import DATASET, export_fiftyone, export_imagefolder
+from diffusion.curation.export import DATASET, IMAGEFOLDER, export_fiftyone, export_imagefolder
 from diffusion.errors import AntherError
 from diffusion.evaluation.embeddings import Embedding
 from diffusion.evaluation.generate import Made, Plan, assemble, check, claim, generate
 from diffusion.evaluation.metric import Result
 from diffusion.evaluation.prompts import labels_of, read_prompts
 from diffusion.evaluation.report import print_metrics, read_metrics, split_key, write_metrics, write_report
-from diffusion.evaluation.scoring import Scorers, read_images
+from diffusion.evaluation.scoring import Scorers
 from diffusion.evaluation.subject import Subject, load_data, load_subject
 from diffusion.fabric import make_fabric
-from diffusion.images import from_uint8
+from diffusion.images import from_uint8, read_pngs
 from diffusion.samplers import Sampler
 
 LIBRARIES = ("torch", "torchvision", "lightning", "torchmetrics", "open_clip_torch", "torch-fidelity", "fiftyone")
@@ -41,7 +40,6 @@ def evaluate(config: Mapping[str, Any], folder: Path) -> float | None:
     Raises:
         AntherError: any fault that the user can mend.
     """
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     _check_installed(config)
     fabric = make_fabric(config["trainer"])
     fabric.launch()
@@ -50,18 +48,16 @@ def evaluate(config: Mapping[str, Any], folder: Path) -> float | None:
     datamodule = load_data(subject.config, **config["data"]) if _needs_data(config, subject) else None
     plan = make_plan(config, subject, datamodule)
     check(subject.model, plan)
-    if not fabric.is_global_zero:
-        fabric.barrier()
-        generate(subject.model, plan, folder, fabric.global_rank, fabric.world_size, fabric.autocast)
-        fabric.barrier()
-        return None
     # Weights and statistics come first: hours of drawing must not end in a file that is missing.
-    scorers = Scorers(config, subject, datamodule, str(fabric.device))
-    claim(folder, protocol(plan))
-    _announce(subject, plan, scorers, folder)
+    scorers = Scorers(config, subject, datamodule, str(fabric.device)) if fabric.is_global_zero else None
+    if scorers is not None:
+        claim(folder, protocol(plan))
+        _announce(subject, plan, scorers, folder)
     fabric.barrier()
-    made = generate(subject.model, plan, folder, 0, fabric.world_size, fabric.autocast)
+    made = generate(subject.model, plan, folder, fabric.global_rank, fabric.world_size, fabric.autocast)
     fabric.barrier()
+    if scorers is None:
+        return None
     results, anew = _score(scorers, subject, plan, made, folder)
     if anew or not (folder / "report.html").exists():
         _report(config, scorers, folder)
@@ -162,9 +158,9 @@ def _facts(subject: Subject, plan: Plan, made: Made, scorers: Scorers) -> dict[s
         "parameters": subject.parameters,
         "T": plan.T,
         "image_shape": list(subject.model.image_shape),
-        "first_seed": plan.first_seed,
         "conditioner": "none" if conditioner is None else conditioner.describe(),
         "data": _data_name(subject),
+        "data_digest": scorers.data_digest,
         "scored_with": scorers.identity,
         "versions": installed,
         # Part of the images may have been there already; then nobody knows how long all of them took.
@@ -195,12 +191,11 @@ def _score(
     run = _facts(subject, plan, made, scorers)
     if before is not None and run["seconds"] is None:
         run["seconds"] = before[0].get("seconds")
-    images = read_images(folder, list(frame["file"]))
+    images = read_pngs([folder / name for name in frame["file"]])
     prompts = None if plan.prompts is None else list(frame["prompt"])
     scores = scorers.score(images, prompts, protocol(plan))
     if plan.embedding is not None:
-        definition = {"N": len(frame), "embedding": asdict(plan.embedding)}
-        scores.add(brain.scores(embeddings.load(folder)), {}, definition)
+        scores.add(brain.scores(embeddings.load(folder)), {}, protocol(plan))
     records.with_columns(folder, scores.columns)
     write_metrics(folder, run, scores.results)
     return scores.results, True
@@ -278,9 +273,9 @@ def _farewell(config: Mapping[str, Any], folder: Path) -> None:
     print(f"report       {folder / 'report.html'}")
     print(f"pictures     {folder / 'images'}, {folder / 'plots'}")
     print(f"metrics      {folder / 'metrics.json'}, per image {folder / 'records.parquet'}")
-    print(f"for datasets {folder / 'imagefolder'}")
+    print(f"for datasets {folder / IMAGEFOLDER}")
     if config["dataset"] is not None:
-        print(f"for FiftyOne {folder / 'dataset'}")
+        print(f"for FiftyOne {folder / DATASET}")
         print(f"look at it   {app_command(folder)}")
 
 

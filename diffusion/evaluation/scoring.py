@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from diffusion.assets import AssetError
 from diffusion.errors import AntherError
-from diffusion.evaluation.distribution import check_number, distribution_metrics
+from diffusion.evaluation.distribution import check_number, distribution_metrics, diversity_metrics
 from diffusion.evaluation.inception import Extractor, Features, load_extractor
 from diffusion.evaluation.metric import Result
 from diffusion.evaluation.nearest import entropy, nearest, realism
@@ -58,25 +57,6 @@ class Scores:
             mean = float(known.mean()) if len(known) else None
             shared = {"N": n, "form": "mean over images", **protocol}
             self.results[f"{name}_{n}"] = Result(mean, directions.get(name), note=note, protocol=shared)
-
-
-def read_images(folder: Path, files: list[str]) -> Tensor:
-    """The PNGs of a folder as uint8 (N, C, H, W), C = 1 or 3.
-
-    Raises:
-        AntherError: one is missing or damaged.
-    """
-    from PIL import Image
-
-    rows = []
-    for file in files:
-        try:
-            with Image.open(folder / file) as image:
-                pixels = np.asarray(image)
-        except OSError as error:
-            raise AntherError(f"{folder / file} cannot be read: delete it and run the same command again.") from error
-        rows.append(torch.from_numpy(pixels.copy()).reshape(*pixels.shape[:2], -1).permute(2, 0, 1))
-    return torch.stack(rows)
 
 
 # Scorers stay loaded, with the embeddings of their prompts, for the next job of a sweep.
@@ -140,6 +120,7 @@ class Scorers:
 
     Attributes:
         training: the training images that the nearest is looked for among, or None.
+        data_digest: of the data that the reals are from, or None.
         identity: all that the scores depend on beside the images, as plain values.
 
     Raises:
@@ -148,6 +129,7 @@ class Scorers:
 
     def __init__(self, config: Mapping[str, Any], subject: Subject, datamodule: Any, device: str) -> None:
         self._subject = subject
+        self.data_digest: str | None = None if datamodule is None else datamodule.table.digest
         self._inception, self._nearest = config["inception"], config["nearest"]
         self._clip = None
         if config["clip"] is not None and subject.model.conditioner is not None:
@@ -157,16 +139,20 @@ class Scorers:
         self._reference: Reference | None = None
         self._left_out = ""
         if self._nearest is not None:
+            self._check_nearest()
             self.training = read_reals(datamodule, self._nearest["split"])
         if self._inception is not None:
             self._prepare_inception(read_reals(datamodule, self._inception["split"]), config["num_images"], device)
-        if self._nearest is not None and self._nearest["space"] == "inception" and self._extractor is None:
+
+    def _check_nearest(self) -> None:
+        space = self._nearest["space"]
+        if space not in ("inception", "pixels"):
+            raise AntherError(f"nearest.space is inception or pixels, not {space!r}.")
+        if space == "inception" and self._inception is None:
             raise AntherError(
-                "nearest.space=inception needs Inception, which is left out here: set nearest.space=pixels or "
+                "nearest.space=inception needs Inception, which inception=null leaves out: set nearest.space=pixels or "
                 "nearest=null."
             )
-        if self._nearest is not None and self._nearest["space"] not in ("inception", "pixels"):
-            raise AntherError(f"nearest.space is inception or pixels, not {self._nearest['space']!r}.")
 
     def _prepare_inception(self, reals: Reals, num_images: int, device: str) -> None:
         check_number(num_images, len(reals.rows), self._inception["few_images"])
@@ -175,6 +161,11 @@ class Scorers:
         except AssetError as error:
             if self._inception["missing"] != "leave_out":
                 raise
+            if self._nearest is not None and self._nearest["space"] == "inception":
+                raise AntherError(
+                    "nearest.space=inception needs Inception, whose weights were not found: set nearest.space=pixels "
+                    f"or nearest=null. {error}"
+                ) from error
             self._left_out = str(error)
             return
         self._reals, self._extractor = reals, extractor
@@ -234,6 +225,7 @@ class Scorers:
         elif self._left_out:
             for name in ("fid", "kid"):
                 scores.results[f"{name}_{len(images)}"] = Result(None, "lower", note=f"left out: {self._left_out}")
+        scores.results |= diversity_metrics(images, run_protocol)
         if self.training is not None:
             self._score_nearest(scores, images, features, run_protocol)
         return scores

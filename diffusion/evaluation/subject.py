@@ -120,6 +120,11 @@ def load_data(config: Mapping[str, Any], **instead: Any) -> Any:
     Raises:
         AntherError: the data set is missing.
     """
+    if "data" not in config:
+        raise AntherError(
+            "the config of this model names no data: add a `data` node to it, or leave out what needs real images and "
+            "names of classes with inception=null nearest=null and prompts of your own."
+        )
     chosen = {key: value for key, value in instead.items() if value is not None}
     if unknown := [key for key in chosen if key not in config["data"]]:
         raise AntherError(

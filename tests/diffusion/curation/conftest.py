@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffusion.evaluation.metric import Result
+
 MakeRun = Callable[..., Path]
 
 PROMPTS = ("a red rose", "two white daisies", "a sunflower")
@@ -61,11 +63,11 @@ def make_run() -> MakeRun:
         if shape is not None:
             np.save(folder / "embeddings.npy", rng.normal(size=(n, *shape)).astype(np.float32))
         facts = {
-            "run": {"experiment": "tiny", "first_seed": 100, "guidance_weight": weight, "versions": {"torch": "2.x"}},
+            "run": {"experiment": "tiny", "seed": 100, "guidance_weight": weight, "versions": {"torch": "2.x"}},
             "metrics": {
                 # A key may have a dot or a slash in it.
-                f"clip_score_{n}/ViT-B-32.v2/laion2b": {"value": 0.25, "better": "higher", "protocol": {"N": n}},
-                f"is_{n}": {"value": None, "better": "higher", "note": "needs fc"},
+                f"clip_score_{n}/ViT-B-32.v2/laion2b": Result(0.25, "higher", protocol={"N": n}).record(),
+                f"is_{n}": Result(None, "higher", note="needs fc").record(),
             },
         }
         (folder / "metrics.json").write_text(json.dumps(facts))

@@ -9,8 +9,7 @@ import yaml
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from diffusion.curation.card import card, preview, read_metrics, text
-from diffusion.errors import AntherError
+from diffusion.curation.card import card, preview, text
 
 # The YAML of seed 001, "Step 1 — Add YAML Metadata", between its two lines of dashes.
 SEEDS = """\
@@ -42,7 +41,7 @@ RUN = {
     "image_shape": [3, 8, 8],
     "prompts": list(HOSTILE),
     "num_images": 14,
-    "first_seed": 100,
+    "seed": 100,
     "guidance_weight": 3.0,
     "sampler": {"_target_": "diffusion.samplers.DDIM", "eta": 0.25},
     "steps": 50,
@@ -228,11 +227,3 @@ def test_preview_shows_the_images(make, channels):
         places = np.argwhere((windows == large[0, :, 0]).all(-1))
         assert any(np.array_equal(page[y : y + 144, x : x + 144], large) for y, x in places)
     assert page.shape[1] == 4 * 150 + 6
-
-
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"run": {}}', '{"run": {}, "metrics": {"a": 1}}'])
-def test_damaged_metrics(tmp_path, content):
-    if content is not None:
-        (tmp_path / "metrics.json").write_text(content)
-    with pytest.raises(AntherError, match=r"metrics\.json"):
-        read_metrics(tmp_path)

@@ -19,7 +19,7 @@ RUN = {
     "image_shape": [3, 8, 8],
     "prompts": list(PROMPTS),
     "num_images": 30,
-    "first_seed": 0,
+    "seed": 0,
     "guidance_weight": 3.0,
     "sampler": {"_target_": "diffusion.samplers.ddim.DDIM", "steps": 50, "eta": 0.0},
     "steps": 50,

@@ -15,6 +15,7 @@ from diffusion.evaluation.distribution import (
     check_number,
     distribution_metrics,
     diversity,
+    diversity_metrics,
     diversity_pairs,
     fid,
     inception_score,
@@ -130,10 +131,7 @@ def test_photographs_score_as_in_torch_fidelity(
 
 
 def test_every_metric_carries_its_protocol(metrics, extractor, drawn_reference):
-    assert set(metrics) == {
-        f"{name}_36"
-        for name in ["fid", "kid", "kid_std", "is", "is_std", "precision", "recall", "diversity", "diversity_pairs"]
-    }
+    assert set(metrics) == {f"{name}_36" for name in ["fid", "kid", "kid_std", "is", "is_std", "precision", "recall"]}
     for result in metrics.values():
         protocol = json.loads(json.dumps(result.record()))["protocol"]
         assert protocol["N"] == 36
@@ -319,6 +317,19 @@ def test_exact_diversity_is_scipys(monkeypatch):
     expected = pdist(images.flatten(1).double().numpy() / 255).mean()
     assert diversity_pairs(images) == pytest.approx(expected, rel=1e-12)
     assert diversity_pairs(images[:1].repeat(3, 1, 1, 1)) == 0
+
+
+def test_diversity_stands_under_its_number_with_its_protocol():
+    images = torch.randint(256, (5, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    found = diversity_metrics(images, {"steps": 7})
+    assert {key: result.value for key, result in found.items()} == {
+        "diversity_5": diversity(images),
+        "diversity_pairs_5": diversity_pairs(images),
+    }
+    pairs = {key: result.protocol["pairs"] for key, result in found.items()}
+    assert pairs == {"diversity_5": 10, "diversity_pairs_5": 10}
+    assert all(result.protocol["N"] == 5 and result.protocol["steps"] == 7 for result in found.values())
+    assert list(diversity_metrics(images[:1], {})) == ["diversity_1"]  # one image makes no pair
 
 
 def test_random_diversity_is_the_seeds():
