@@ -1,12 +1,22 @@
 """Trains what a config describes: `python train.py experiment=flowers`; `--help` says more."""
 
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from diffusion import cli
+from diffusion.ranks import leader
+
+
+def job(config: dict[str, Any], folder: Path) -> float:
+    """What every rank does."""
+    # Only now torch and lightning: help, --cfg and a finished run do not wait for them.
+    from diffusion.training import train
+
+    return train(config, folder)
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="train")
@@ -17,11 +27,9 @@ def main(cfg: DictConfig) -> float:
     assert isinstance(config, dict)
     if (objective := cli.read_result(folder, config["trainer"])) is not None:
         return objective
-    # Only now torch and lightning: help, --cfg and a finished run do not wait for them.
-    from diffusion.training import train
-
-    return train({str(key): value for key, value in config.items()}, folder)
+    objective = leader.run(job, {str(key): value for key, value in config.items()}, folder)
+    return float(objective)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, job)

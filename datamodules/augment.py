@@ -108,6 +108,32 @@ class NonLeaking(Augment):
         return torch.stack([column.double() for column in columns], 1).float()
 
 
+class Affine(Augment):
+    """A small turn, scaling and shift of every image, of which the network is not told: for classifiers.
+
+    Args:
+        degrees: largest angle either way.
+        scale: largest change of size, as a share of it.
+        shift: largest move right or down, either way, as a share of the image.
+    """
+
+    draws = 4
+
+    def __init__(self, degrees: float = 10.0, scale: float = 0.1, shift: float = 0.07) -> None:
+        self.degrees, self.scale, self.shift = degrees, scale, shift
+
+    def __call__(self, pixels: Tensor, uniforms: Tensor, size: int) -> tuple[Tensor, None]:
+        """See `Augment`."""
+        top, left = (pixels.shape[-2] - size) // 2, (pixels.shape[-1] - size) // 2
+        images = from_uint8(pixels[..., top : top + size, left : left + size])
+        signed = 2 * uniforms - 1
+        angle = signed[:, 0] * math.radians(self.degrees)
+        factor = (signed[:, 1] * self.scale + 1).log2()
+        zeros = torch.zeros_like(angle)
+        labels = [zeros, zeros, factor, angle.cos() - 1, angle.sin(), signed[:, 2], signed[:, 3]]
+        return warp(images, torch.stack(labels, 1), 1.0, self.shift), None
+
+
 def warp(images: Tensor, labels: Tensor, scale_step: float, shift_step: float) -> Tensor:
     """Applies labels of `NonLeaking`: mirrored, then scaled, turned counter-clockwise, and shifted.
 

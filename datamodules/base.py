@@ -167,10 +167,12 @@ class EpochSampler(Sampler[int]):
         rank: of this process; it takes `order[rank::world]`.
         world: number of processes. While shuffling, each gets equally many, so up to world - 1 images sit an epoch
             out; without shuffling none is left out and none repeated.
+        weights: float (n,), while shuffling: images are drawn with replacement, each this often in proportion.
     """
 
-    def __init__(self, n: int, seed: int | None, rank: int = 0, world: int = 1) -> None:
-        self.n, self.seed, self.rank, self.world, self.epoch = n, seed, rank, world, 0
+    def __init__(self, n: int, seed: int | None, rank: int = 0, world: int = 1, weights: Tensor | None = None) -> None:
+        self.n, self.seed, self.rank, self.world, self.weights = n, seed, rank, world, weights
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before each epoch."""
@@ -186,7 +188,11 @@ class EpochSampler(Sampler[int]):
         if self.seed is None:
             yield from self._share()
             return
-        order = torch.randperm(self.n, generator=generator(self.seed, self.epoch))
+        rng = generator(self.seed, self.epoch)
+        if self.weights is None:
+            order = torch.randperm(self.n, generator=rng)
+        else:
+            order = torch.multinomial(self.weights, self.n, replacement=True, generator=rng)
         yield from (self.epoch * self.n + order[list(self._share())]).tolist()
 
 
@@ -321,6 +327,7 @@ class ImageDataModule(LightningDataModule, ABC):
         augment: for training images.
         split: fractions by name; needs "train" and "val".
         split_seed: of the split alone, so that runs of several seeds share their validation images.
+        balanced: draw training images with replacement, so that every class is equally frequent.
     """
 
     def __init__(
@@ -336,6 +343,7 @@ class ImageDataModule(LightningDataModule, ABC):
         augment: "Augment | None" = None,
         split: Mapping[str, float] | None = None,
         split_seed: int = 42,
+        balanced: bool = False,
     ) -> None:
         super().__init__()
         val_batch_size = batch_size if val_batch_size is None else val_batch_size
@@ -349,6 +357,7 @@ class ImageDataModule(LightningDataModule, ABC):
         self.batch_size, self.val_batch_size = batch_size, val_batch_size
         self.seed, self.split_seed = seed, split_seed
         self.drop_last, self.num_workers, self.augment = drop_last, num_workers, augment
+        self.balanced = balanced
         self.split = dict(split) if split else {"train": 0.95, "val": 0.05}
         self._table: ImageTable | None = None
         self._splits: dict[str, Array] = {}
@@ -444,7 +453,11 @@ class ImageDataModule(LightningDataModule, ABC):
                 f"{self.name} per process, so an epoch has no batch; choose a smaller one or data.drop_last=false."
             )
         view = TableView(self.table, rows, self.image_shape[1], self.augment, self.seed)
-        sampler = EpochSampler(len(rows), self.seed, rank, world)
+        weights = None
+        if self.balanced:
+            labels = self.table.labels[torch.from_numpy(rows)]
+            weights = 1 / labels.bincount(minlength=len(self.class_names)).double()[labels]
+        sampler = EpochSampler(len(rows), self.seed, rank, world, weights)
         return self._loader(view, sampler, self.batch_size, self.drop_last)
 
     def val_dataloader(self) -> EpochLoader:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from datamodules.augment import Augment
 from datamodules.base import Array, ImageDataModule, ImageTable, content_digest, random_split
@@ -42,6 +43,7 @@ class MNIST(ImageDataModule):
         augment: see `ImageDataModule`.
         split: fractions of the 60,000.
         split_seed: see `ImageDataModule`.
+        balanced: see `ImageDataModule`.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class MNIST(ImageDataModule):
         augment: Augment | None = None,
         split: Mapping[str, float] | None = None,
         split_seed: int = 42,
+        balanced: bool = False,
     ) -> None:
         if size < 28:
             raise AntherError(f"data.size={size}, but MNIST's digits are 28 pixels wide; choose 28 or more.")
@@ -71,6 +74,7 @@ class MNIST(ImageDataModule):
             augment=augment,
             split=split,
             split_seed=split_seed,
+            balanced=balanced,
         )
         self.path = path
 
@@ -78,6 +82,11 @@ class MNIST(ImageDataModule):
     def class_names(self) -> tuple[str, ...]:
         """The digits."""
         return tuple("0123456789")
+
+    @property
+    def digits(self) -> Tensor:
+        """What the digits really are, int64 (N,); after `setup`."""
+        return self.table.labels
 
     def load(self) -> ImageTable:
         """See `ImageDataModule`."""

@@ -79,7 +79,9 @@ def _short(value: Any) -> str:
 def _model(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that make one model another."""
     module = config["module"]
-    parts = {key: module[key] for key in ("_target_", "denoiser", "conditioner", "augment_dim") if key in module}
+    parts = {
+        key: module[key] for key in ("_target_", "denoiser", "network", "conditioner", "augment_dim") if key in module
+    }
     # These change what is learnt, not what the weights mean.
     parts["denoiser"] = {k: v for k, v in parts.get("denoiser", {}).items() if k not in ("loss", "weighting")}
     return {"module": parts}

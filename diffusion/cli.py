@@ -5,9 +5,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from diffusion import ranks
 from diffusion.errors import AntherError
 from diffusion.files import atomic
 
@@ -17,11 +19,17 @@ RESULT = "result.json"
 FOLDER_FAULTS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 
 
-def run(main: Callable[[], Any]) -> None:
+def run(main: Callable[[], Any], job: ranks.Job | None = None) -> None:
     """Runs an entry point; a fault that the user can mend ends it with one sentence and status 1.
 
     With HYDRA_FULL_ERROR=1 in the environment the whole trace is shown instead.
+
+    Args:
+        main: composes the config and hands the job over; rank 0 alone runs it.
+        job: what the other ranks do; None for commands of one process.
     """
+    if job is not None and ranks.is_follower():
+        main = partial(ranks.follow, job)
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print the trace itself and end the process
     try:
@@ -33,6 +41,7 @@ def run(main: Callable[[], Any]) -> None:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
     finally:
+        ranks.leader.end()
         os.environ.pop("HYDRA_FULL_ERROR")
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before

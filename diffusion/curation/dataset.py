@@ -34,6 +34,13 @@ DEFINITIONS = {
     "nearest_row": "row of that image in the data table",
     "realism": "Kynkäänniemi et al., 2019, arXiv:1904.06991: higher = deeper within the real images",
     "inception_entropy": "entropy of Inception's classes, in nats; lower = more certain",
+    "pseudo_label": "the digit that the classifier finds likeliest",
+    "final_label": "the same, or IDK where the classifier declines; confidence is that of its prediction",
+    "rejection_type": "none; soft: less sure than the threshold; hard: the classifier's own class IDK",
+    "is_idk": "whether the classifier declines",
+    "classifier_confidence": "probability of the classifier's prediction, IDK included, after temperature scaling",
+    "runner_up": "the second-likeliest digit",
+    "margin": "by how much less probable the second-likeliest digit is, among digits",
     "sample_index": "number of the image in its run",
     "run": "folder of the run",
     **brain.DEFINITIONS,
@@ -48,6 +55,7 @@ VIEWS = (
     ("most unique", "uniqueness", True),
     ("least unique", "uniqueness", False),
     ("nearest to training data", "nearest_distance", False),
+    ("most confused", "margin", False),
 )
 
 
@@ -191,9 +199,10 @@ def run_names(runs: Sequence[Run]) -> list[str]:
 
 def _sample(fo: Any, folder: Path, index: int, row: Mapping[str, Any], extra: Mapping[str, Any]) -> Any:
     values = {key: plain(value) for key, value in row.items() if key not in ("id", "file", *SCORES)}
-    for key in ("prompt", "label"):
+    for key in ("prompt", "label", "pseudo_label", "final_label"):
         if values.get(key) is not None:
-            values[key] = fo.Classification(label=values[key])
+            sure = values.get("classifier_confidence") if key == "final_label" else None
+            values[key] = fo.Classification(label=values[key], confidence=sure)
     weight = values.get("guidance_weight")
     return fo.Sample(
         filepath=str(folder / row["file"]),

@@ -58,6 +58,7 @@ SCORES: Mapping[str, Score] = {
     "realism": Score("realism", "above 1: inside the manifold of the real images", "realism", "higher"),
     "nearest_distance": Score("distance to the nearest training image", "L2", "nearest"),
     "inception_entropy": Score("entropy of the Inception prediction", "nats", "entropy"),
+    "classifier_confidence": Score("classifier confidence", "probability of what it predicts", "confidence"),
     "uniqueness": Score("uniqueness", "1: the most unique image", "unique"),
     "representativeness": Score(
         "representativeness, FiftyOne Brain", "1: farthest from its cluster's centre", "repr. (Brain)"
@@ -76,6 +77,9 @@ def draw_plots(folder: Path, real_image: "Callable[[int], Tensor] | None" = None
         prompts          mean and deviation of the CLIP score, else of realism, per prompt
         best, worst      the ends of the same score
         nearest          generated images above their nearest training images, the closest pairs first
+        classes          how many images the classifier accepts per digit, and declines
+        accepted, declined   the surest and the least sure of each
+        confused         images between two digits
         embedding_prompt, embedding_score   UMAP of the embeddings (McInnes et al., 2018, arXiv 1802.03426), seeded;
                          their two principal components below 16 images
 
@@ -98,6 +102,7 @@ def draw_plots(folder: Path, real_image: "Callable[[int], Tensor] | None" = None
         pictures["prompts"] = _prompts(frame, units)
         pictures["best"], pictures["worst"] = _ends(folder, frame, units)
         pictures["nearest"] = None if real_image is None else _nearest(folder, frame, units, real_image)
+        pictures |= _decisions(folder, frame)
         pictures |= _embeddings(folder, frame, units)
         paths = []
         for name, figure in pictures.items():
@@ -271,7 +276,9 @@ def _embeddings(
         method, names = "UMAP", ("UMAP 1", "UMAP 2")
         neighbours = min(15, len(points) - 1)
         places = UMAP(n_neighbors=neighbours, init="pca", random_state=seed, n_jobs=1).fit_transform(points)
-    what = next((name for name in ("prompt", "label") if name in frame and frame[name].notna().any()), None)
+    what = next(
+        (name for name in ("prompt", "label", "final_label") if name in frame and frame[name].notna().any()), None
+    )
     score = next((name for name in SCORES if name in frame and frame[name].notna().any()), None)
     title = f"Embeddings of {len(frame)} images ({method})"
     if what:
@@ -396,6 +403,67 @@ def _nearest(
         f"the {len(cells)} closest of {len(frame)} pairs. A pair that looks the same is a memorised image."
     )
     return _sheet("Nearest training images", note, _lines(cells, columns))
+
+
+def _decisions(folder: Path, frame: "pd.DataFrame", most: int = 40, columns: int = 10) -> "dict[str, Figure | None]":
+    """What a classifier made of the images: counts, and sheets of what it accepts, declines and confuses."""
+    names = ("classes", "accepted", "declined", "confused")
+    if "rejection_type" not in frame:
+        return dict.fromkeys(names)
+
+    def sheet(title: str, rows: "pd.DataFrame", captions: Sequence[str], note: str) -> "Figure | None":
+        if rows.empty:
+            return None
+        pairs = zip(rows["file"], captions, strict=True)
+        cells = [_Cell([_picture(folder, file)], caption) for file, caption in pairs]
+        return _sheet(title, note, _lines(cells, columns))
+
+    def captioned(rows: "pd.DataFrame", column: str) -> list[str]:
+        return [f"{name} {value:.2f}" for name, value in zip(rows[column], rows["classifier_confidence"], strict=True)]
+
+    yes = frame[~frame["is_idk"]].sort_values("classifier_confidence", ascending=False, kind="stable")
+    no = frame[frame["is_idk"]].sort_values("classifier_confidence", kind="stable")
+    unsure = frame.sort_values("margin", kind="stable").head(most)
+    # The surest of every digit, not forty ones.
+    surest = yes.groupby("final_label").head(most // 10).sort_values("final_label", kind="stable")
+    declined = no.head(most)
+    between = [f"{row.pseudo_label} or {row.runner_up}" for row in unsure.itertuples()]
+    kinds = [f"{row.pseudo_label}? {row.rejection_type}" for row in declined.itertuples()]
+    return {
+        "classes": _classes(frame),
+        "accepted": sheet(
+            "Accepted digits", surest, captioned(surest, "final_label"), f"the surest of each, of {len(yes)} accepted"
+        ),
+        "declined": sheet(
+            "Declined digits", declined, kinds, f"{_of(len(declined), len(no))} declined; the best guess, and the stage"
+        ),
+        "confused": sheet(
+            "Most confused digits", unsure, between, "the two likeliest digits, closest in probability first"
+        ),
+    }
+
+
+def _classes(frame: "pd.DataFrame") -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    digits = [str(k) for k in range(10)]
+    bottom = [0] * len(digits)
+    for kind, colour, said in (
+        ("none", BLUE, "accepted"),
+        ("soft", ORANGE, "declined, not sure enough"),
+        ("hard", GREY, "declined, IDK by itself"),
+    ):
+        found = frame[frame["rejection_type"] == kind]["pseudo_label"].value_counts()
+        heights = [int(found.get(digit, 0)) for digit in digits]
+        bars = axes.bar(digits, heights, bottom=bottom, color=colour, label=f"{said}: {sum(heights)}", width=0.75)
+        axes.bar_label(bars, [str(h) if h else "" for h in heights], label_type="center", fontsize=7, color="white")
+        bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+    axes.grid(False, axis="x")
+    axes.set(title=f"What the classifier sees in {len(frame)} images", xlabel="best digit", ylabel="images")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    return figure
 
 
 def _of(shown: int, total: int, what: str = "images") -> str:

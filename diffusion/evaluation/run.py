@@ -144,7 +144,7 @@ def _check_installed(config: Mapping[str, Any]) -> None:
 
 def _needs_data(config: Mapping[str, Any], subject: Subject) -> bool:
     by_class = config["prompts"] == "classes" and subject.model.conditioner is not None
-    return by_class or config["inception"] is not None or config["nearest"] is not None
+    return by_class or any(config[stage] is not None for stage in ("inception", "nearest", "classifier"))
 
 
 def _facts(subject: Subject, plan: Plan, made: Made, scorers: Scorers) -> dict[str, Any]:
@@ -193,7 +193,8 @@ def _score(
         run["seconds"] = before[0].get("seconds")
     images = read_pngs([folder / name for name in frame["file"]])
     prompts = None if plan.prompts is None else list(frame["prompt"])
-    scores = scorers.score(images, prompts, protocol(plan))
+    labels = [label if isinstance(label, str) else None for label in frame["label"]]
+    scores = scorers.score(images, prompts, labels, protocol(plan))
     if plan.embedding is not None:
         scores.add(brain.scores(embeddings.load(folder)), {}, protocol(plan))
     records.with_columns(folder, scores.columns)

@@ -20,6 +20,7 @@ from diffusion.evaluation.subject import Subject
 from diffusion.images import from_uint8
 
 if TYPE_CHECKING:
+    from diffusion.evaluation.classifier_score import ClassifierScore
     from diffusion.evaluation.clip_score import ClipScore
 
 Array = np.ndarray
@@ -134,6 +135,9 @@ class Scorers:
         self._clip = None
         if config["clip"] is not None and subject.model.conditioner is not None:
             self._clip = load_clip_scorer(config["clip"]["model"], config["clip"]["pretrained"], device)
+        self._classifier = None
+        if config["classifier"] is not None:
+            self._classifier = self._load_classifier(config["classifier"], datamodule, device)
         self.training: Reals | None = None
         self._extractor: Extractor | None = None
         self._reference: Reference | None = None
@@ -143,6 +147,12 @@ class Scorers:
             self.training = read_reals(datamodule, self._nearest["split"])
         if self._inception is not None:
             self._prepare_inception(read_reals(datamodule, self._inception["split"]), config["num_images"], device)
+
+    def _load_classifier(self, node: Mapping[str, Any], datamodule: Any, device: str) -> "ClassifierScore":
+        from diffusion.evaluation.classifier_score import ClassifierScore
+
+        reals = read_reals(datamodule, node["split"])
+        return ClassifierScore(node["weights"], node["threshold"], reals.pixels, reals.split, reals.digest, device)
 
     def _check_nearest(self) -> None:
         space = self._nearest["space"]
@@ -179,7 +189,14 @@ class Scorers:
             found = self._reference
             against = {**found.protocol, "split": found.split, "data_digest": found.digest, "N_real": len(found)}
         nearest = None if self.training is None else {**self._nearest, "data_digest": self.training.digest}
-        return {"clip": clip, "inception": against, "left_out": self._left_out, "nearest": nearest}
+        classifier = None if self._classifier is None else self._classifier.identity
+        return {
+            "clip": clip,
+            "inception": against,
+            "left_out": self._left_out,
+            "nearest": nearest,
+            "classifier": classifier,
+        }
 
     def describe(self) -> dict[str, str]:
         """What a person wants to know before the run, by heading."""
@@ -187,16 +204,26 @@ class Scorers:
         if self._reference is not None:
             which = self._reference.split if self._reference.split != "all" else "all splits"
             rows["against"] = f"{len(self._reference)} real images ({which}) by {self._reference.protocol['extractor']}"
+        if self._classifier is not None:
+            found = self._classifier.identity
+            rows["classifier"] = f"{found['classifier']}, declines below {found['threshold']:.4f}"
         if self.training is not None:
             rows["nearest"] = f"among {len(self.training.rows)} training images, in {self._nearest['space']}"
         return rows
 
-    def score(self, images: Tensor, prompts: Sequence[str] | None, run_protocol: Mapping[str, Any]) -> Scores:
+    def score(
+        self,
+        images: Tensor,
+        prompts: Sequence[str] | None,
+        labels: Sequence[str | None],
+        run_protocol: Mapping[str, Any],
+    ) -> Scores:
         """Scores images.
 
         Args:
             images: uint8 (N, C, H, W).
             prompts: one per image; None without a condition.
+            labels: the class that each image was drawn as, where there is one.
             run_protocol: how the images were made, stored beside the protocol of every metric.
         """
         scores = Scores()
@@ -225,6 +252,10 @@ class Scorers:
         elif self._left_out:
             for name in ("fid", "kid"):
                 scores.results[f"{name}_{len(images)}"] = Result(None, "lower", note=f"left out: {self._left_out}")
+        if self._classifier is not None:
+            columns, results = self._classifier.score(images, labels, run_protocol)
+            scores.columns |= columns
+            scores.results |= results
         scores.results |= diversity_metrics(images, run_protocol)
         if self.training is not None:
             self._score_nearest(scores, images, features, run_protocol)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.augment import FlipCrop, NonLeaking, warp
+from datamodules.augment import Affine, FlipCrop, NonLeaking, warp
 from diffusion.images import from_uint8
 
 
@@ -43,7 +43,11 @@ def test_crops_are_windows_of_every_place():
     assert counts.min() > 140
 
 
-@pytest.mark.parametrize("augment", [FlipCrop(), NonLeaking(p=0.5, upside_down=True)], ids=["flip", "nonleaking"])
+@pytest.mark.parametrize(
+    "augment",
+    [FlipCrop(), NonLeaking(p=0.5, upside_down=True), Affine()],
+    ids=["flip", "nonleaking", "affine"],
+)
 def test_an_image_depends_on_its_own_draws_alone(augment):
     images, draws = pixels(16, 10), uniforms(16, augment)
     whole, labels = augment(images, draws, 8)
@@ -61,7 +65,7 @@ def test_an_image_depends_on_its_own_draws_alone(augment):
 
 
 def test_inputs_are_left_alone():
-    for augment in (FlipCrop(), NonLeaking(p=1.0)):
+    for augment in (FlipCrop(), NonLeaking(p=1.0), Affine()):
         images = pixels(4)
         before = images.clone()
         augment(images, uniforms(4, augment), 8)
@@ -126,6 +130,26 @@ def test_shift_is_right_and_down_also_when_turned():
         moved = warp(image, torch.tensor([label], dtype=torch.float32), 0.2, 0.125)
         # One eighth of 16 is 2 pixels to the right, two eighths are 4 up.
         assert torch.allclose(moved[..., :12, 2:], unmoved[..., 4:, :14], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "uniform", "label"),
+    [
+        ({"degrees": 90, "scale": 0, "shift": 0}, [1, 0, 0, 0], [0, 0, 0, -1, 1, 0, 0]),
+        ({"degrees": 90, "scale": 0, "shift": 0}, [0, 1, 1, 1], [0, 0, 0, -1, -1, 0, 0]),
+        ({"degrees": 0, "scale": 0.5, "shift": 0}, [1, 0, 0, 0], [0, 0, -5, 0, 0, 0, 0]),
+        ({"degrees": 0, "scale": 0, "shift": 0.25}, [0.5, 0.5, 1, 0], [0, 0, 0, 0, 0, 2, -2]),
+    ],
+    ids=["left", "right", "half the size", "right and up"],
+)
+def test_affine_moves_as_far_as_it_says(settings, uniform, label):
+    images = pixels(1, 16)
+    # Uniforms 0 and 1 are the ends of every range; scale 0.5 at uniform 0 halves.
+    uniform = [1 - uniform[0] if settings["scale"] else uniform[0], *uniform[1:]]
+    moved, labels = Affine(**settings)(images, torch.tensor([uniform], dtype=torch.float64), 16)
+    expected = warp(from_uint8(images), torch.tensor([label], dtype=torch.float32), 0.2, 0.125)
+    assert labels is None
+    assert torch.allclose(moved, expected, atol=1e-4)
 
 
 def test_scale_enlarges():

@@ -157,6 +157,23 @@ def test_ranks_share_without_repeats(n, world):
     assert sorted(flat(plain)) == list(range(n))
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_weights_say_how_often_an_image_is_drawn(world):
+    weights = torch.tensor([1.0, 1.0, 6.0, 0.0] * 500)
+    whole = EpochSampler(2000, 5, weights=weights)
+    whole.set_epoch(3)
+    order = list(whole)
+    counts = torch.bincount(torch.tensor(order) % 4, minlength=4)
+    assert counts[3] == 0
+    assert torch.allclose(counts / 2000, torch.tensor([0.125, 0.125, 0.75, 0.0]), atol=0.04)
+    shares = [EpochSampler(2000, 5, rank, world, weights) for rank in range(world)]
+    for share in shares:
+        share.set_epoch(3)
+    assert [list(share) for share in shares] == [order[rank::world] for rank in range(world)]
+    whole.set_epoch(4)
+    assert [k - 2000 for k in whole] != order
+
+
 def test_splits_are_disjoint_seeded_and_whole():
     splits = random_split(1166, {"train": 0.95, "val": 0.05}, 42)
     assert {name: len(part) for name, part in splits.items()} == {"train": 1107, "val": 59}

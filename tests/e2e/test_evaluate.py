@@ -241,6 +241,16 @@ def test_a_killed_run_goes_on_to_the_same_bytes(trained: Path, evaluated: Path, 
 
 
 @pytest.mark.slow
+def test_two_ranks_make_the_same_files_and_the_same_numbers(trained: Path, evaluated: Path, command: Run) -> None:
+    folder = evaluated.parent / "ranks"
+    ranks = ["trainer.accelerator=cpu", "trainer.devices=2"]
+    done = command("evaluate.py", f"ckpt={trained}", *QUICK, *ranks, f"hydra.run.dir={folder}")
+    assert done.returncode == 0, done.stderr
+    assert contents(folder) == contents(evaluated)
+    assert (folder / "metrics.csv").read_bytes() == (evaluated / "metrics.csv").read_bytes()
+
+
+@pytest.mark.slow
 def test_the_whole_way_to_a_data_set_and_a_dry_run(trained: Path, command: Run, tmp_path: Path) -> None:
     environment = ["num_images=60", "inception.split=train", "inception.missing=leave_out"]
     quick = [word for word in QUICK if not word.startswith(("inception", "dataset", "num_images"))]

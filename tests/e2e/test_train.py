@@ -130,12 +130,14 @@ EMBEDDED = [
     "callbacks.clip.model=anther-flowers-32",
     "callbacks.clip.pretrained=embedded",
 ]
-FETCHED = {"flowers210": "flowers210", "mnist": "mnist/train-images"}  # data that the package index has
+MNIST = ("mnist", "mnist_class", "mnist_classifier", "mnist_idk")
+FETCHED = {"flowers210": "flowers210"} | dict.fromkeys(MNIST, "mnist/train-images")  # data that the package index has
 STAND_INS = {
     "flowers": [*EMBEDDED, "data.batch_size=2"],
     "flowers_seed001": [*EMBEDDED, "data.batch_size=2"],
     "flowers_course": [*EMBEDDED, "data.batch_size=2"],
     "demo": ["data.n_train=64", "data.n_val=16"],
+    "mnist_idk": ["data.judges={folds: 2, epochs: 1, batch_size: 512}"],
     "clip_flowers": ["data.n_train=256", "data.n_val=64", "data.val_batch_size=64", "data.batch_size=64"],
 }
 
