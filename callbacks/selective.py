@@ -1,5 +1,6 @@
 """What a classifier is worth that may decline, at the end of its training."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,15 @@ class SelectiveReport(Callback):
         self.dirpath, self.rule, self.target = Path(dirpath), rule, target
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Asks for the splits before the first hour is spent.
+        """Asks for what the end needs before the first hour is spent.
 
         Raises:
-            AntherError: the data have no split to calibrate on.
+            AntherError: the data have no split to calibrate on, or scipy is missing.
         """
+        if importlib.util.find_spec("scipy") is None:
+            raise AntherError(
+                "callbacks.selective needs scipy, which is not installed: pip install 'anther[eval]'."
+            )
         splits = trainer.datamodule.splits  # type: ignore[attr-defined]
         if absent := {"calibration", "test"} - set(splits):
             raise AntherError(

@@ -127,7 +127,8 @@ def protocol(plan: Plan) -> dict[str, Any]:
 def _check_installed(config: Mapping[str, Any]) -> None:
     wanted = {
         "pyarrow": True,
-        "torch_fidelity": config["inception"] is not None,
+        "torch_fidelity": config["inception"] is not None or config["classifier"] is not None,
+        "scipy": config["classifier"] is not None,
         "fiftyone": config["dataset"] is not None,
     }
     missing = [name for name, needed in wanted.items() if needed and importlib.util.find_spec(name) is None]
