@@ -37,9 +37,7 @@ class SelectiveReport(Callback):
             AntherError: the data have no split to calibrate on, or scipy is missing.
         """
         if importlib.util.find_spec("scipy") is None:
-            raise AntherError(
-                "callbacks.selective needs scipy, which is not installed: pip install 'anther[eval]'."
-            )
+            raise AntherError("callbacks.selective needs scipy, which is not installed: pip install 'anther[eval]'.")
         splits = trainer.datamodule.splits  # type: ignore[attr-defined]
         if absent := {"calibration", "test"} - set(splits):
             raise AntherError(
