@@ -12,8 +12,8 @@ from diffusion.errors import AntherError
 def generator(*key: int) -> torch.Generator:
     """A CPU generator that is a function of its key alone.
 
-    Training draws with the key `(seed, rank, step)`. Keys are hashed (numpy's SeedSequence), so neighbouring keys give
-    unrelated streams and `(1, 2)` differs from `(2, 1)`.
+    Training draws with the key `(seed, step, place in the batch)`. Keys are hashed (numpy's SeedSequence), so
+    neighbouring keys give unrelated streams and `(1, 2)` differs from `(2, 1)`.
 
     Args:
         key: non-negative integers.

@@ -55,7 +55,7 @@ class Conditioner(ABC):
     def describe(self) -> str:
         """One line for the summary that is printed before training."""
 
-    def drop(self, cond: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    def drop(self, cond: Tensor, probability: float, uniforms: Tensor) -> Tensor:
         """Replaces whole rows by the null condition, each row independently of the others.
 
         Dropping single numbers instead would never show the network a null condition: for 512 numbers and p = 0.1
@@ -64,13 +64,12 @@ class Conditioner(ABC):
         Args:
             cond: conditions (B, dim).
             probability: chance of a row to be dropped, in [0, 1].
-            generator: source of the B draws.
+            uniforms: (B,) in [0, 1), one draw per row.
 
         Returns:
             A new tensor (B, dim); each row is the given one or `null`.
         """
-        draws = torch.rand(len(cond), generator=generator, device=generator.device)
-        dropped = (draws < probability).to(cond.device)
+        dropped = (uniforms < probability).to(cond.device)
         return torch.where(dropped[:, None], self.null.to(cond), cond)
 
 

@@ -1,7 +1,7 @@
 """LightningModules: unconditional and classifier-free diffusion. They own the network and the loss, nothing else."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning
 import torch
@@ -21,7 +21,10 @@ TRAINING, VALIDATION = 0, 1
 GOLDEN = (5**0.5 - 1) / 2
 
 
-def draw_times(n: int, T: int, spread: Literal["uniform", "stratified"], rng: torch.Generator) -> Tensor:
+Spread = Literal["uniform", "stratified"]
+
+
+def draw_times(n: int, T: int, spread: Spread, rng: torch.Generator) -> Tensor:
     """Training times on the grid k / T, k = 1..T.
 
     Args:
@@ -38,6 +41,42 @@ def draw_times(n: int, T: int, spread: Literal["uniform", "stratified"], rng: to
     if spread == "stratified":
         u = (torch.arange(n, dtype=torch.float64) + u) / n
     return ((u * T).floor() + 1).clamp(max=T) / T
+
+
+class TrainingDraws(NamedTuple):
+    """All that is random about n training samples.
+
+    Attributes:
+        t: (n,) float64 in [1 / T, 1].
+        uniforms: (n,) in [0, 1): which conditions are dropped.
+        eps: (n, *shape), standard normal.
+    """
+
+    t: Tensor
+    uniforms: Tensor
+    eps: Tensor
+
+
+def draw_training(
+    key: Sequence[int], total: int, places: Sequence[int], shape: Sequence[int], T: int, spread: Spread
+) -> TrainingDraws:
+    """Draws for some of the samples of a batch; the draws of a place do not depend on which others are asked for.
+
+    Args:
+        key: of the batch.
+        total: samples of the whole batch.
+        places: of the n samples in it, each below `total`.
+        shape: of the noise of a sample.
+        T: steps of the schedule.
+        spread: see `draw_times`.
+    """
+    rng = generator(*key)
+    # In a random order: what a process or an accumulated batch takes is then spread over all times as well.
+    order = torch.randperm(total, generator=rng)[list(places)]
+    t = draw_times(total, T, spread, rng)[order]
+    uniforms = torch.rand(total, generator=rng)[list(places)]
+    eps = torch.stack([torch.randn(tuple(shape), generator=generator(*key, place)) for place in places])
+    return TrainingDraws(t, uniforms, eps)
 
 
 class Diffusion(lightning.LightningModule):
@@ -64,7 +103,7 @@ class Diffusion(lightning.LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         scheduler: Callable[[Optimizer, int], dict[str, Any]] | None = None,
         seed: int = 0,
-        times: Literal["uniform", "stratified"] = "stratified",
+        times: Spread = "stratified",
         val_times: int = 4,
         augment_dim: int = 0,
     ) -> None:
@@ -85,8 +124,8 @@ class Diffusion(lightning.LightningModule):
 
     # What the batch is conditioned on -------------------------------------------------------------------------------
 
-    def training_condition(self, batch: Mapping[str, Tensor], rng: torch.Generator) -> Tensor | None:
-        """Conditions of a training batch, (B, D), or None."""
+    def training_condition(self, batch: Mapping[str, Tensor], uniforms: Tensor) -> Tensor | None:
+        """Conditions of a training batch, (B, D), or None; uniforms (B,) in [0, 1) decide what is dropped."""
         return self.augmentation(batch) if self.augment_dim else None
 
     def validation_condition(self, batch: Mapping[str, Tensor]) -> Tensor | None:
@@ -114,17 +153,38 @@ class Diffusion(lightning.LightningModule):
             )
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean loss of the batch; noise and times are a function of (seed, rank, step)."""
+        """Mean loss of the batch.
+
+        Noise, times and what is dropped are a function of (seed, step, place), where a sample's place is that in the
+        batch of the optimizer's step. The same batch on other numbers of devices, or gathered over several
+        accumulated batches, trains the same network.
+        """
         x_0 = batch["image"]
-        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        rng = generator(TRAINING, self.seed, self.global_rank, step)
-        t = draw_times(len(x_0), self.denoiser.schedule.T, self.times, rng).to(x_0.device)
-        eps = torch.randn(x_0.shape, generator=rng).to(x_0)
-        losses = self.denoiser.loss(x_0, t, eps, self.training_condition(batch, rng))
+        draws = self._draws(len(x_0), batch_idx, x_0.shape[1:])
+        t = draws.t.to(x_0.device)
+        condition = self.training_condition(batch, draws.uniforms)
+        losses = self.denoiser.loss(x_0, t, draws.eps.to(x_0), condition)
         self.last_losses = {"t": t, "loss": losses.detach()}
         loss = losses.mean()
         self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(x_0), sync_dist=True)
         return loss
+
+    def _draws(self, n: int, batch_idx: int, shape: Sequence[int]) -> TrainingDraws:
+        """The draws of this process's n samples of a batch."""
+        trainer = self.trainer
+        parts, ranks = trainer.accumulate_grad_batches, trainer.world_size
+        # A smaller batch may end an epoch; its samples have the first places of a whole one.
+        whole = getattr(getattr(trainer, "datamodule", None), "batch_size", n)
+        # The loaders deal the samples of a step to the ranks in turn.
+        places = ((batch_idx % parts) * whole + torch.arange(n)) * ranks + self.global_rank
+        return draw_training(
+            (TRAINING, self.seed, trainer.global_step),
+            parts * whole * ranks,
+            places.tolist(),
+            shape,
+            self.denoiser.schedule.T,
+            self.times,
+        )
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Loss over a fixed grid of (t, noise)."""
@@ -301,8 +361,8 @@ class ClassifierFreeDiffusion(Diffusion):
         dropped = f"dropped for {self.drop_prob:.0%} of the samples, guidance weight w = {self.weight}"
         return {**super().describe(), "condition": f"{self.conditioner.describe()}; {dropped}"}
 
-    def training_condition(self, batch: Mapping[str, Tensor], rng: torch.Generator) -> Tensor:  # noqa: D102
-        cond = self.conditioner.drop(self.conditioner.lookup(batch), self.drop_prob, rng)
+    def training_condition(self, batch: Mapping[str, Tensor], uniforms: Tensor) -> Tensor:  # noqa: D102
+        cond = self.conditioner.drop(self.conditioner.lookup(batch), self.drop_prob, uniforms)
         return torch.cat([cond, self.augmentation(batch)], 1)
 
     def validation_condition(self, batch: Mapping[str, Tensor]) -> Tensor:  # noqa: D102

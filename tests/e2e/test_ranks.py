@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffusion import checkpoint
 
@@ -83,6 +84,29 @@ def test_a_sweep_on_two_ranks_is_one_sweep_with_each_jobs_own_values(start: Star
     assert rates == [1e-4, 1e-2]
     assert len(losses(sweep / "0")) == len(losses(sweep / "1")) == 1
     assert losses(sweep / "0") != losses(sweep / "1")
+
+
+@pytest.mark.slow
+def test_ranks_and_accumulation_train_the_same_network(tmp_path: Path) -> None:
+    """Twelve samples a step: on one process, on two, on three, and gathered over two batches."""
+    ways = {
+        "one": ["trainer.devices=1", "data.batch_size=12"],
+        "two": ["trainer.devices=2", "data.batch_size=6"],
+        "three": ["trainer.devices=3", "data.batch_size=4"],
+        "gathered": ["trainer.devices=1", "data.batch_size=6", "trainer.accumulate_grad_batches=2"],
+    }
+    states = {}
+    for name, words in ways.items():
+        # Five steps an epoch in all of them: no batch is left over.
+        # Adam makes steps of a bias whose gradient is only rounding, before a norm; its eps takes those out.
+        whole = ["data.n_train=60", "+optimizer.eps=1e-3", "trainer.max_steps=7", f"hydra.run.dir={tmp_path / name}"]
+        by_lightning([*TINY, *words, *whole])
+        states[name] = checkpoint.read(tmp_path / name / "checkpoints" / "last.ckpt")
+    first = states["one"]["state_dict"]
+    for name, state in states.items():
+        assert state["global_step"] == 7, name
+        for key, value in state["state_dict"].items():
+            torch.testing.assert_close(value, first[key], rtol=1e-4, atol=1e-5, msg=f"{name} {key}")
 
 
 @pytest.mark.slow

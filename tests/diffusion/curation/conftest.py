@@ -57,6 +57,13 @@ def make_run() -> MakeRun:
                     "nearest_row": k,
                     "realism": float("nan") if k == 2 else float(rng.uniform(0, 2)),
                     "inception_entropy": float(rng.uniform(0, 3)),
+                    "pseudo_label": str(k % 10),
+                    "final_label": "IDK" if k % 4 == 0 else str(k % 10),
+                    "rejection_type": ("soft", "none", "none", "none")[k % 4],
+                    "is_idk": k % 4 == 0,
+                    "classifier_confidence": float(rng.uniform(0.3, 1)),
+                    "runner_up": str((k + 1) % 10),
+                    "margin": float(rng.uniform(0, 1)),
                 }
             rows.append(row)
         pd.DataFrame(rows).to_parquet(folder / "records.parquet")

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from diffusion.conditioning.labels import Labels
 from diffusion.denoiser import Denoiser
 from diffusion.errors import AntherError
-from diffusion.modules.diffusion import ClassifierFreeDiffusion, Diffusion, draw_times
+from diffusion.modules.diffusion import ClassifierFreeDiffusion, Diffusion, draw_times, draw_training
 from diffusion.networks.unet import UNet
 from diffusion.rng import generator
 from diffusion.samplers import DDIM, DDPM
@@ -74,7 +74,7 @@ class Reader(lightning.Callback):
         self.read[False].append(module.last_losses)
 
 
-def train(module, epochs=2, data=None, callbacks=()):
+def train(module, epochs=2, data=None, callbacks=(), **options):
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -87,30 +87,50 @@ def train(module, epochs=2, data=None, callbacks=()):
             enable_model_summary=False,
             num_sanity_val_steps=0,
             callbacks=list(callbacks),
+            **options,
         )
         trainer.fit(module, datamodule=data or Images())
     return trainer
 
 
-class SecondRank(Diffusion):
-    global_rank = 1
-
-
 # Training -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "rank"), [(Diffusion, 0), (SecondRank, 1)])
 @pytest.mark.parametrize("seed", [0, 7])
-def test_times_and_noise_are_a_function_of_seed_rank_and_step(kind, rank, seed):
-    module = build(kind, seed=seed)
+def test_times_and_noise_are_a_function_of_seed_step_and_place(seed):
+    module = build(seed=seed)
     torch.manual_seed(seed + 1)  # the global state must not matter
     train(module)
     asked = module.denoiser.asked[True]
     assert len(asked) == 4  # 2 epochs of 2 batches: the step goes on counting over epochs
     for step, (_, t, eps, _, _) in enumerate(asked):
-        rng = generator(TRAINING, seed, rank, step)
-        assert torch.equal(t, draw_times(4, T, "stratified", rng))
-        assert torch.equal(eps, torch.randn(4, 3, 8, 8, generator=rng))
+        expected = draw_training((TRAINING, seed, step), 4, range(4), (3, 8, 8), T, "stratified")
+        assert torch.equal(t, expected.t)
+        assert torch.equal(eps, expected.eps)
+
+
+def test_draws_of_a_place_do_not_depend_on_the_others():
+    whole = draw_training((1, 2), 12, range(12), (3, 8, 8), T, "stratified")
+    for places in ([0, 3, 6, 9], [7], [11, 2]):
+        part = draw_training((1, 2), 12, places, (3, 8, 8), T, "stratified")
+        for ours, theirs in zip(part, whole, strict=True):
+            assert torch.equal(ours, theirs[places])
+    # One time from each twelfth, in no order.
+    assert sorted(((whole.t - 1e-9) * 12).floor().tolist()) != ((whole.t - 1e-9) * 12).floor().tolist()
+    fine = draw_training((1, 2), 12, range(12), (1,), 1200, "stratified").t
+    assert sorted(((fine - 1e-9) * 12).floor().tolist()) == list(range(12))
+    assert len(whole.eps.flatten(1).unique(dim=0)) == len(whole.uniforms.unique()) == 12
+    other = draw_training((1, 3), 12, range(12), (3, 8, 8), T, "stratified")
+    assert not any(torch.equal(a, b) for a, b in zip(other, whole, strict=True))
+
+
+def test_accumulated_batches_draw_as_one():
+    module = build(ClassifierFreeDiffusion)
+    train(module, epochs=1, accumulate_grad_batches=2)
+    parts = module.denoiser.asked[True]
+    expected = draw_training((TRAINING, 0, 0), 8, range(8), (3, 8, 8), T, "stratified")
+    assert torch.equal(torch.cat([part[1] for part in parts]), expected.t)
+    assert torch.equal(torch.cat([part[2] for part in parts]), expected.eps)
 
 
 def test_a_step_keeps_its_losses_and_logs_their_mean():
@@ -157,8 +177,8 @@ def test_stratified_times_take_one_from_each_part():
 def test_the_module_trains_with_the_times_it_is_told():
     module = build(times="uniform")
     train(module, epochs=1)
-    rng = generator(TRAINING, 0, 0, 0)
-    assert torch.equal(module.denoiser.asked[True][0][1], draw_times(4, T, "uniform", rng))
+    expected = draw_training((TRAINING, 0, 0), 4, range(4), (3, 8, 8), T, "uniform")
+    assert torch.equal(module.denoiser.asked[True][0][1], expected.t)
 
 
 # Validation ---------------------------------------------------------------------------------------------------------
