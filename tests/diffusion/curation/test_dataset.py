@@ -29,6 +29,11 @@ def test_fields_are_those_of_the_records(fiftyone, built):
     kept = ("seed", "guidance_weight", "sampler", "steps", "checkpoint", "nearest_real", "nearest_row", "clip_score")
     for name in (*kept, "nearest_distance", "inception_entropy", "uniqueness", "representativeness_closeness"):
         assert dataset.values(name) == frame[name].tolist(), name
+    for name in ("rejection_type", "is_idk", "classifier_confidence", "runner_up", "margin"):
+        assert dataset.values(name) == frame[name].tolist(), name
+    assert dataset.values("pseudo_label.label") == list(frame["pseudo_label"])
+    assert dataset.values("final_label.label") == list(frame["final_label"])
+    assert dataset.values("final_label.confidence") == frame["classifier_confidence"].tolist()
     assert not dataset.has_field("file")
 
 
