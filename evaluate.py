@@ -1,5 +1,7 @@
 """Evaluates a checkpoint: `python evaluate.py ckpt=...`; `--help` says more."""
 
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,4 +32,6 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
+    # The model comes from the checkpoint, so what an experiment says here is how its images are evaluated.
+    sys.argv = [re.sub("^experiment=", "protocol=", word) for word in sys.argv]
     cli.run(main, job)

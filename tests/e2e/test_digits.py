@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from diffusion.evaluation.classifier import load_classifier
+from tests.e2e.conftest import Run
 from tests.fake_digits import pretend
 
 Call = Callable[..., Path]
@@ -131,3 +133,12 @@ def test_bad_input(
 
     monkeypatch.setattr(mnist_idk, "held_out_logits", lambda images, *_: __import__("numpy").eye(10)[[0] * len(images)])
     assert says in refused("train.py", *overrides, *QUICK)
+
+
+def test_an_experiment_is_evaluated_by_the_protocol_of_its_name(command: Run) -> None:
+    done = command("evaluate.py", "ckpt=any.ckpt", "experiment=mnist", "num_images=7", "--cfg", "job")
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load(done.stdout)
+    assert config["classifier"]["weights"] == "mnist_idk"
+    assert config["inception"] is None
+    assert config["num_images"] == 7
