@@ -112,6 +112,7 @@ class TransposedUp(nn.Module):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """As `conv_with_skip`: x (k B, i, H, W), skip (B, skip, H, W) -> (k B, o, 2 H, 2 W)."""
         up, own = self.model[0], x.shape[1]
+        assert isinstance(up, nn.ConvTranspose2d)
         shared = F.conv_transpose2d(skip, up.weight[own:], up.bias, stride=2)
         joined = F.conv_transpose2d(x, up.weight[:own], stride=2) + repeated(shared, len(x))
         out: Tensor = self.model[1:](joined)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from diffusion.errors import AntherError
@@ -163,7 +162,9 @@ class UNet(nn.Module):
         cond = cond.to(down0.dtype)
         up1 = self.up1(self.c_embed1(cond) * repeated(up0, len(cond)) + self.t_emb1(time), skip1)
         up2 = self.up2(self.c_embed2(cond) * up1 + self.t_emb2(time), skip2)
-        output: Tensor = self.out[1:](conv_with_skip(self.out[0], up2, down0))
+        first = self.out[0]
+        assert isinstance(first, nn.Conv2d)
+        output: Tensor = self.out[1:](conv_with_skip(first, up2, down0))
         return output
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
