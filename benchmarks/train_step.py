@@ -48,7 +48,7 @@ from diffusion.modules.diffusion import TRAINING, Diffusion, draw_training
 from diffusion.samplers import DDPM
 from diffusion.schedules import Linear
 
-SECONDS = 4.0  # of a turn, as near as whole steps allow
+SECONDS = 2.0  # of a turn, as near as whole steps allow
 TURNS = 6
 
 
