@@ -31,7 +31,7 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/mypy
 
 bench: demo ## ratios against peers, each in one process
-	for script in benchmarks/*.py; do $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
+	for script in $$(grep -l __main__ benchmarks/*.py); do $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
 
 clean: ## remove the environment
 	rm -rf .venv

@@ -34,7 +34,16 @@ class SharedEncoder(Protocol):
         ...
 
     def decode(self, features: tuple[Tensor, ...], t: Tensor, cond: Tensor | None) -> Tensor:
-        """The network's output from those features."""
+        """The network's output from those features.
+
+        Args:
+            features: of B images.
+            t: times, (k B,).
+            cond: k conditions for each image, (k B, D), those of all images together; or None.
+
+        Returns:
+            (k B, C, H, W).
+        """
         ...
 
 
@@ -115,8 +124,7 @@ class Denoiser(nn.Module):
         cond = torch.cat(list(conds))
         network = self.network
         if isinstance(network, SharedEncoder):
-            shared = tuple(f.repeat(k, *(1,) * (f.ndim - 1)) for f in network.encode(x_t))
-            output = network.decode(shared, times, cond)
+            output = network.decode(network.encode(x_t), times, cond)
         else:
             output = network(x_t.repeat(k, 1, 1, 1), times, cond)
         levels = self.levels(t, x_t)

@@ -118,9 +118,9 @@ def _announce(
 def _farewell(config: Mapping[str, Any], module: Any, objective: float, folder: Path) -> None:
     print(f"{config['objective']} = {objective:.4g}")
     print(f"everything   {folder}")
-    for name, what in {"samples": "pictures", "checkpoints": "checkpoints", "logs": "logs", "plots": "plots"}.items():
+    for name in ("samples", "checkpoints", "logs", "plots", "profile"):
         if (folder / name).exists():
-            print(f"{what:12} {folder / name}")
+            print(f"{name:12} {folder / name}")
     last = folder / "checkpoints" / "last.ckpt"
     if last.exists() and isinstance(module, Diffusion):
         print(f"draw with    python sample.py ckpt={last}")

@@ -5,6 +5,7 @@ import math
 import torch
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 
 class GELUConv(nn.Module):
@@ -50,6 +51,49 @@ class Down(nn.Module):
         return out
 
 
+def repeated(x: Tensor, n: int) -> Tensor:
+    """B rows as n = k B rows: all of them k times over."""
+    return x if len(x) == n else x.repeat(n // len(x), *(1,) * (x.ndim - 1))
+
+
+def conv_with_skip(conv: nn.Conv2d, x: Tensor, skip: Tensor) -> Tensor:
+    """conv(cat([x, skip], 1)), where the skip has B rows and x has k B of them, for k conditions of the same images.
+
+    A convolution is linear, so it is the sum of its halves, and the half over the skip is computed once for all k.
+    """
+    own = x.shape[1]
+    shared = F.conv2d(skip, conv.weight[:, own:], conv.bias, padding=1)
+    return F.conv2d(x, conv.weight[:, :own], padding=1) + repeated(shared, len(x))
+
+
+def conv_of_doubled(x: Tensor, weight: Tensor) -> Tensor:
+    """conv2d(interpolate(x, scale_factor=2), weight, padding=1) without the doubled map.
+
+    Doubling repeats pixels, so of its 3 x 3 pixels a window sees 2 x 2 different ones: each of the four places that an
+    output pixel may have in its pair of rows and columns has a 2 x 2 kernel of its own, and 4 / 9 of the products are
+    left (Shi et al., 2016, arXiv 1609.07009).
+
+    Args:
+        x: (B, i, H, W).
+        weight: (o, i, 3, 3).
+
+    Returns:
+        (B, o, 2 H, 2 W).
+    """
+    (n, _, h, w), o = x.shape, len(weight)
+
+    def pairs(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        # The upper of two doubled rows sees the row above once and its own twice; the lower its own twice, then one.
+        first, middle, last = kernel.unbind(dim)
+        return torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)
+
+    kernels = torch.cat([kernel for rows in pairs(weight, 2) for kernel in pairs(rows, 3)])
+    places = F.conv2d(x, kernels, padding=1).view(n, 2, 2, o, h + 1, w + 1)
+    rows = torch.stack([places[:, 0, :, :, :h], places[:, 1, :, :, 1:]], 4)  # (n, 2, o, h, 2, w + 1)
+    columns = torch.stack([rows[:, 0, ..., :w], rows[:, 1, ..., 1:]], 5)  # (n, o, h, 2, w, 2)
+    return columns.reshape(n, o, 2 * h, 2 * w)
+
+
 class TransposedUp(nn.Module):
     """Joins the skip, doubles the resolution by a transposed convolution, then four convolutions (the course).
 
@@ -65,8 +109,13 @@ class TransposedUp(nn.Module):
         convs = [GELUConv(o, o, groups) for _ in range(4)]
         self.model = nn.Sequential(nn.ConvTranspose2d(i + skip, o, 2, 2), *convs)
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # noqa: D102
-        out: Tensor = self.model(torch.cat([x, skip], 1))
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """As `conv_with_skip`: x (k B, i, H, W), skip (B, skip, H, W) -> (k B, o, 2 H, 2 W)."""
+        up, own = self.model[0], x.shape[1]
+        assert isinstance(up, nn.ConvTranspose2d)
+        shared = F.conv_transpose2d(skip, up.weight[own:], up.bias, stride=2)
+        joined = F.conv_transpose2d(x, up.weight[:own], stride=2) + repeated(shared, len(x))
+        out: Tensor = self.model[1:](joined)
         return out
 
 
@@ -82,12 +131,14 @@ class NearestUp(nn.Module):
 
     def __init__(self, i: int, skip: int, o: int, groups: int) -> None:
         super().__init__()
-        self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
         self.conv_in = nn.Conv2d(i + skip, o, 3, padding=1)
         self.model = nn.Sequential(*(GELUConv(o, o, groups) for _ in range(4)))
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # noqa: D102
-        out: Tensor = self.model(self.conv_in(torch.cat([self.upsample(x), skip], 1)))
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """As `conv_with_skip`: x (k B, i, H, W), skip (B, skip, 2 H, 2 W) -> (k B, o, 2 H, 2 W)."""
+        conv, own = self.conv_in, x.shape[1]
+        shared = F.conv2d(skip, conv.weight[:, own:], conv.bias, padding=1)
+        out: Tensor = self.model(conv_of_doubled(x, conv.weight[:, :own]) + repeated(shared, len(x)))
         return out
 
 

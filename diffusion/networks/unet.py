@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from diffusion.errors import AntherError
@@ -15,6 +14,8 @@ from diffusion.networks.blocks import (
     ResidualConv,
     SelfAttention,
     TransposedUp,
+    conv_with_skip,
+    repeated,
     sinusoidal,
 )
 
@@ -141,15 +142,16 @@ class UNet(nn.Module):
 
         Args:
             features: of B images.
-            t: (B,) in (0, 1].
-            cond: (B, c_embed_dim); None is the zero vector.
+            t: (k B,) in (0, 1].
+            cond: (k B, c_embed_dim), k conditions for each image, those of all images together; None is the zero
+                vector.
 
         Returns:
-            (B, img_ch, img_size, img_size).
+            (k B, img_ch, img_size, img_size).
         """
         down0, skip1, skip2, up0 = features
         if cond is None:
-            cond = down0.new_zeros(len(down0), self.c_embed_dim)
+            cond = down0.new_zeros(len(t), self.c_embed_dim)
         if cond.shape[1] != self.c_embed_dim:
             raise AntherError(
                 f"the network takes conditions of width {self.c_embed_dim} and was given {cond.shape[1]}: set "
@@ -158,9 +160,11 @@ class UNet(nn.Module):
         # Entry k of the schedule sits at t = k / T; the published networks were trained on the index k - 1.
         time = sinusoidal((t - 1 / self.T).to(down0.dtype), self.t_embed_dim)
         cond = cond.to(down0.dtype)
-        up1 = self.up1(self.c_embed1(cond) * up0 + self.t_emb1(time), skip1)
+        up1 = self.up1(self.c_embed1(cond) * repeated(up0, len(cond)) + self.t_emb1(time), skip1)
         up2 = self.up2(self.c_embed2(cond) * up1 + self.t_emb2(time), skip2)
-        output: Tensor = self.out(torch.cat([up2, down0], 1))
+        first = self.out[0]
+        assert isinstance(first, nn.Conv2d)
+        output: Tensor = self.out[1:](conv_with_skip(first, up2, down0))
         return output
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from einops import rearrange
 
 from diffusion.errors import AntherError
-from diffusion.networks.blocks import RearrangePool, sinusoidal
+from diffusion.networks.blocks import RearrangePool, conv_of_doubled, sinusoidal
 from diffusion.networks.unet import UNet
 
 KEYS = Path(__file__).parent / "state_dict_keys"
@@ -262,3 +262,26 @@ def test_images_and_conditions_of_another_shape_are_refused():
         network(x_t[:, :, :8], t, cond)
     with pytest.raises(AntherError, match=r"width 5 and was given 4: set network.c_embed_dim"):
         network(x_t, t, cond[:, :4])
+
+
+@pytest.mark.parametrize(("h", "w"), [(3, 3), (1, 4), (2, 1)])
+def test_a_doubled_map_need_not_be_made(h, w):
+    rng = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 5, h, w, generator=rng, dtype=torch.float64)
+    weight = torch.randn(4, 5, 3, 3, generator=rng, dtype=torch.float64)
+    expected = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding=1)
+    torch.testing.assert_close(conv_of_doubled(x, weight), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("family", "attention"), FAMILIES, ids=ids)
+def test_several_conditions_share_the_features_of_an_image(family, attention):
+    network = small(family, attention)
+    x_t, cond = inputs()
+    t = torch.tensor([1, 20, 200, 300], dtype=torch.float64) / 300
+    conds = [cond, torch.zeros_like(cond), 2 * cond]
+    with torch.no_grad():
+        together = network.decode(network.encode(x_t), t.repeat(3), torch.cat(conds))
+        alone = torch.cat([network(x_t, t, one) for one in conds])
+        nothing = network.decode(network.encode(x_t), t.repeat(2), None)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
+    torch.testing.assert_close(nothing, alone[4:8].repeat(2, 1, 1, 1), rtol=0, atol=1e-12)
