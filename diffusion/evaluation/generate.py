@@ -82,7 +82,7 @@ class Plan:
     @property
     def steps(self) -> int:
         """How many the sampler really takes."""
-        return len(self.sampler.times(self.T)) - 1
+        return self.sampler.steps or self.T
 
     def chunks(self) -> list[range]:
         """Numbers of the images that are drawn together."""

@@ -121,7 +121,7 @@ def test_eta_1_is_ddpm_and_eta_0_draws_no_noise():
 
 @pytest.mark.parametrize("steps", [1, 2, 7, T, 2 * T + 1])
 def test_times_fall_from_one_to_zero_in_any_number_of_steps(steps):
-    times = DDIM(steps).times(T)
+    times = DDIM(steps).times(Linear(T))
     assert len(times) == steps + 1
     assert (times[0], times[-1]) == (1, 0)
     assert (times.diff() < 0).all()
@@ -131,7 +131,7 @@ def test_times_fall_from_one_to_zero_in_any_number_of_steps(steps):
 
 
 def test_all_steps_by_default():
-    assert len(DDPM().times(300)) == 301
+    assert len(DDPM().times(Linear(300))) == 301
 
 
 @pytest.mark.parametrize(
