@@ -26,9 +26,7 @@ class DDIM(Sampler):
         grid: where the steps lie, see `samplers.grids`.
     """
 
-    def __init__(
-        self, steps: int | None = 50, eta: float = 0.0, clip: bool = False, grid: str = "trailing"
-    ) -> None:
+    def __init__(self, steps: int | None = 50, eta: float = 0.0, clip: bool = False, grid: str = "trailing") -> None:
         super().__init__(steps, clip, grid)
         if not 0 <= eta <= 1:
             raise AntherError(f"eta lies in [0, 1], not at {eta}: set sampler.eta.")

@@ -29,12 +29,12 @@ def trailing(schedule: Schedule, n: int) -> Tensor:
 
 
 def logsnr(schedule: Schedule, n: int) -> Tensor:
-    """Equal steps in log(alpha_t / sigma_t), the time of exponential integrators (Lu et al., 2022, arXiv 2206.00927)."""
+    """Equal steps in log(alpha_t / sigma_t) (Lu et al., 2022, arXiv 2206.00927)."""
     return _spaced(schedule, n, torch.exp, torch.log)
 
 
 def karras(schedule: Schedule, n: int, rho: float = 7.0) -> Tensor:
-    """Equal steps in (sigma_t / alpha_t)^(1 / rho), shorter towards the image (Karras et al., 2022, arXiv 2206.00364)."""
+    """Equal steps in (sigma_t / alpha_t)^(1 / rho) (Karras et al., 2022, arXiv 2206.00364, equation 5)."""
     return _spaced(schedule, n, lambda ramp: ramp**rho, lambda level: level ** (1 / rho))
 
 
@@ -80,4 +80,9 @@ def _spaced(
     # The ends are known exactly.
     times[n - 1] = 1 / schedule.T
     times[0] = 1
+    if not bool((noise_level(schedule, times).diff() < 0).all()):
+        raise AntherError(
+            f"{n} steps on this sampler.grid lie closer than the schedule's T = {schedule.T} entries can tell apart: "
+            "take fewer sampler.steps, or sampler.grid=trailing."
+        )
     return times
