@@ -276,7 +276,7 @@ def test_what_is_no_interval_is_refused(interval):
 
 @pytest.mark.parametrize("phi", [-0.1, 1.1, math.nan])
 def test_what_is_no_share_is_refused(phi):
-    with pytest.raises(AntherError, match="guidance.rescale"):
+    with pytest.raises(AntherError, match=r"guidance\.rescale"):
         Guidance(rescale=phi)
 
 
