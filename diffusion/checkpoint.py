@@ -10,6 +10,7 @@ import torch
 
 from diffusion.build import build
 from diffusion.errors import AntherError
+from diffusion.guidance import Guidance
 from diffusion.modules.diffusion import Diffusion
 from diffusion.networks.unet import UNet
 from diffusion.networks.upstream import load_upstream
@@ -132,6 +133,41 @@ def load_model(path: Path | str, config: Mapping[str, Any] | None = None) -> Dif
     with _fitting(path, "the given config"):
         network.load_state_dict(state)
     return module
+
+
+def load_guidance(node: Mapping[str, Any], model: Diffusion) -> Guidance:
+    """All about guidance but its weight, as a config has it; what it leaves open is the model's own.
+
+    Args:
+        node: `interval`, `rescale`, and `bad`, the path of a worse model's checkpoint; each may be None.
+        model: that is guided; a bad one is loaded on its device.
+
+    Raises:
+        AntherError: see `Guidance` and `load_model`; the bad model has other images, conditions or noise levels.
+    """
+    own, bad = model.guidance, node["bad"]
+    interval = own.interval if node["interval"] is None else node["interval"]
+    rescale = own.rescale if node["rescale"] is None else node["rescale"]
+    if bad is None:
+        return Guidance(interval, rescale)
+    other = load_model(bad)
+    if found := differences(_world(other), _world(model)):
+        raise AntherError(
+            f"{bad} cannot guide this model as guidance.bad: {found}; give a checkpoint with the same images, "
+            "condition and schedule."
+        )
+    return Guidance(interval, rescale, other.to(model.device).denoiser)
+
+
+def _world(model: Diffusion) -> dict[str, Any]:
+    """What two models share that may meet in one walk."""
+    module = model.config["module"]
+    return {
+        "image_shape": list(model.image_shape),
+        "schedule": module["denoiser"]["schedule"],
+        "conditioner": module.get("conditioner"),
+        "augment_dim": model.augment_dim,
+    }
 
 
 def _diffusion(config: Mapping[str, Any], path: Path | str) -> Diffusion:

@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import Tensor
 
 from diffusion.build import build
-from diffusion.checkpoint import load_model
+from diffusion.checkpoint import load_guidance, load_model
 from diffusion.errors import AntherError
 from diffusion.fabric import make_fabric
 from diffusion.files import atomic
@@ -47,6 +47,7 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
     count = per_prompt if texts is None else len(texts)
     seeds = [config["seed"] + k for k in range(count)]
     weight, size = config["guidance"]["weight"], config["batch_size"]
+    guidance = load_guidance(config["guidance"], model)
     used = getattr(model, "weight", None) if weight is None else weight
 
     trajectory = Trajectory() if config["gif"] else None
@@ -55,7 +56,8 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
     for start in track(range(0, count, size), description="drawing"):
         rows = slice(start, start + size)
         with fabric.autocast():
-            drawn = model.sample(None if texts is None else texts[rows], seeds[rows], weight, sampler, trajectory)
+            asked = None if texts is None else texts[rows]
+            drawn = model.sample(asked, seeds[rows], weight, sampler, trajectory, guidance)
         images.append(drawn.float().cpu())
     seconds = time.perf_counter() - started
 
@@ -69,7 +71,13 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
         name = f"images/{k:05d}.png"
         save_png(image, folder / name)
         records.append({"id": k, "prompt": texts[k] if texts else None, "seed": seeds[k], "file": name})
-    protocol = {"ckpt": str(config["ckpt"]), "sampler": config["sampler"], "guidance_weight": used}
+    protocol = {
+        "ckpt": str(config["ckpt"]),
+        "sampler": config["sampler"],
+        "guidance_weight": used,
+        **guidance.record(),
+        "guidance_bad": config["guidance"]["bad"],
+    }
     with atomic(folder / "samples.json") as temporary:
         temporary.write_text(json.dumps({"protocol": protocol, "images": records}, indent=2) + "\n")
     if trajectory is not None:

@@ -153,6 +153,10 @@ def _command(run: Mapping[str, Any], count: int) -> str:
     words = [f"ckpt={run.get('checkpoint')}", f"num_images={count}", f"seed={run.get('seed')}"]
     if run.get("guidance_weight") is not None:
         words.append(f"guidance.weight={run['guidance_weight']}")
+    if run.get("guidance_interval") is not None:
+        words.append("guidance.interval=[{},{}]".format(*run["guidance_interval"]))
+    if run.get("guidance_rescale") is not None:
+        words.append(f"guidance.rescale={run['guidance_rescale']}")
     return _line(shlex.join(["python", "evaluate.py", *words]))
 
 
@@ -171,6 +175,9 @@ def _run_rows(run: Mapping[str, Any], frame: Any) -> Iterator[Sequence[object]]:
         "images": len(frame),
         "seeds": f"{min(seeds)} to {max(seeds)}, one per image" if seeds else None,
         "guidance weight": run.get("guidance_weight"),
+        "guidance interval, sigma / alpha": run.get("guidance_interval"),
+        "guidance rescale": run.get("guidance_rescale"),
+        "guidance away from, sha256": run.get("guidance_bad_sha256"),
         "sampler": run.get("sampler"),
         "steps": run.get("steps"),
         "T": run.get("T"),

@@ -16,6 +16,7 @@ from diffusion.files import atomic
 from diffusion.samplers import Sampler, Step
 
 if TYPE_CHECKING:
+    from diffusion.guidance import Guidance
     from diffusion.modules.diffusion import Diffusion
 
 Form = Literal["pooled", "flat", "raw"]
@@ -158,6 +159,7 @@ def sample_embedded(
     seeds: Sequence[int],
     weight: float | None = None,
     sampler: Sampler | None = None,
+    guidance: "Guidance | None" = None,
 ) -> tuple[Tensor, Tensor]:
     """Draws images as `model.sample` does, and takes their embeddings on the way.
 
@@ -168,7 +170,8 @@ def sample_embedded(
         seeds: see `Diffusion.sample`.
         weight: see `Diffusion.sample`; under guidance embeddings are those with the condition (at w = -1 no network
             call has it, and they are those without).
-        sampler: see `Diffusion.sample`.
+        sampler: see `Diffusion.sample`. Of a step with two calls, `Heun`'s, the second is taken.
+        guidance: see `Diffusion.sample`.
 
     Returns:
         Images (n, C, H, W) on the model's device, and embeddings, float32 on the CPU: (n, ...), or for a trace
@@ -188,7 +191,7 @@ def sample_embedded(
             if step.number in embedding.steps:
                 traced[step.number] = latest()
 
-        images = model.sample(prompts, seeds, weight, sampler, note)
+        images = model.sample(prompts, seeds, weight, sampler, note, guidance)
         if embedding.when == "trace":
             if late := [step for step in embedding.steps if step not in traced]:
                 raise AntherError(f"embedding.steps has {late}, and the sampler takes fewer steps: choose less.")

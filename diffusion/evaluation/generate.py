@@ -11,7 +11,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +24,7 @@ from diffusion.errors import AntherError
 from diffusion.evaluation import embeddings
 from diffusion.evaluation.embeddings import Embedding, capture, sample_embedded, save_embeddings
 from diffusion.files import atomic
+from diffusion.guidance import Guidance
 from diffusion.images import save_png
 from diffusion.modules.diffusion import Diffusion
 from diffusion.rng import check_seed
@@ -52,6 +53,8 @@ class Plan:
         batch_size: images per chunk.
         embedding: what is kept of the network; None for nothing.
         checkpoint_sha256: of the model's file.
+        guidance: all about it but the weight.
+        bad_sha256: of the file of the model that guidance leads away from; None without one.
 
     Raises:
         AntherError: fewer than one image, a batch of none, no prompt, or no seed.
@@ -68,6 +71,8 @@ class Plan:
     batch_size: int
     embedding: Embedding | None
     checkpoint_sha256: str
+    guidance: Guidance = field(default_factory=Guidance)
+    bad_sha256: str | None = None
 
     def __post_init__(self) -> None:
         for name, count in (("num_images", self.num_images), ("batch_size", self.batch_size)):
@@ -82,7 +87,7 @@ class Plan:
     @property
     def steps(self) -> int:
         """How many the sampler really takes."""
-        return len(self.sampler.times(self.T)) - 1
+        return self.sampler.steps or self.T
 
     def chunks(self) -> list[range]:
         """Numbers of the images that are drawn together."""
@@ -123,7 +128,7 @@ def check(model: Diffusion, plan: Plan) -> None:
         raise ValueError("a plan names the model's T and, under guidance, the weight")
     if plan.prompts is None and model.conditioner is not None:
         raise AntherError("this model draws from prompts and none were given: set prompts=[a red rose] or the like.")
-    model.predictor(plan.weight)
+    model.predictor(plan.weight, plan.guidance)
     model.sampling_condition(plan.prompts, 1 if plan.prompts is None else len(plan.prompts))
     if plan.embedding is not None:
         with capture(model.denoiser.network, plan.embedding.layer):
@@ -239,8 +244,8 @@ def _draw(model: Diffusion, plan: Plan, chunk: range) -> tuple[Tensor, Tensor | 
     prompts = None if plan.prompts is None else [str(plan.prompt(k)) for k in chunk]
     seeds = [plan.first_seed + k for k in chunk]
     if plan.embedding is None:
-        return model.sample(prompts, seeds, plan.weight, plan.sampler).cpu(), None
-    images, rows = sample_embedded(model, plan.embedding, prompts, seeds, plan.weight, plan.sampler)
+        return model.sample(prompts, seeds, plan.weight, plan.sampler, guidance=plan.guidance).cpu(), None
+    images, rows = sample_embedded(model, plan.embedding, prompts, seeds, plan.weight, plan.sampler, plan.guidance)
     return images.cpu(), rows
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.build import build
+from diffusion.checkpoint import load_guidance
 from diffusion.curation import publish
 from diffusion.curation.export import DATASET, IMAGEFOLDER, export_fiftyone, export_imagefolder
 from diffusion.errors import AntherError
@@ -21,6 +22,7 @@ from diffusion.evaluation.report import print_metrics, read_metrics, split_key, 
 from diffusion.evaluation.scoring import Scorers
 from diffusion.evaluation.subject import Subject, load_data, load_subject
 from diffusion.fabric import make_fabric
+from diffusion.files import sha256
 from diffusion.images import from_uint8, read_pngs
 from diffusion.samplers import Sampler
 
@@ -93,7 +95,7 @@ def make_plan(config: Mapping[str, Any], subject: Subject, datamodule: Any) -> P
     prompts = read_prompts(asked, classes, captions)
     own, chosen = subject.config["module"].get("sampler", {}), config.get("sampler")
     sampler: Sampler = model.sampler if chosen is None else build(chosen)
-    weight = config["guidance"]["weight"]
+    weight, bad = config["guidance"]["weight"], config["guidance"]["bad"]
     return Plan(
         prompts=None if prompts is None else tuple(prompts),
         labels=None if prompts is None else tuple(labels_of(prompts, classes, captions)),
@@ -106,6 +108,8 @@ def make_plan(config: Mapping[str, Any], subject: Subject, datamodule: Any) -> P
         batch_size=config["batch_size"],
         embedding=None if config["embedding"] is None else Embedding(**config["embedding"]),
         checkpoint_sha256=subject.sha256,
+        guidance=load_guidance(config["guidance"], model),
+        bad_sha256=None if bad is None else sha256(bad),
     )
 
 
@@ -117,6 +121,8 @@ def protocol(plan: Plan) -> dict[str, Any]:
         "num_images": plan.num_images,
         "seed": plan.first_seed,
         "guidance_weight": plan.weight,
+        **plan.guidance.record(),
+        "guidance_bad_sha256": plan.bad_sha256,
         "sampler": dict(plan.sampler_record),
         "steps": plan.steps,
         "batch_size": plan.batch_size,
@@ -260,7 +266,7 @@ def _announce(subject: Subject, plan: Plan, scorers: Scorers, folder: Path) -> N
         "images": f"{plan.num_images}, seeds {plan.first_seed} to {plan.first_seed + plan.num_images - 1}",
         "prompts": prompts + (" …" if plan.prompts and len(plan.prompts) > 3 else ""),
         "sampler": f"{type(plan.sampler).__name__}, {plan.steps} steps",
-        "guidance": "none" if plan.weight is None else f"w = {plan.weight}",
+        "guidance": "none" if plan.weight is None else f"w = {plan.weight}{plan.guidance.describe()}",
         **scorers.describe(),
         "folder": str(folder),
     }

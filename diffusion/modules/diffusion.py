@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from diffusion.conditioning.base import Conditioner
 from diffusion.denoiser import Denoiser, Predictor
 from diffusion.errors import AntherError
-from diffusion.guidance import ClassifierFree
+from diffusion.guidance import AutoGuidance, ClassifierFree, Guidance
 from diffusion.rng import ImageRNG, generator
 from diffusion.samplers import Hook, Sampler
 
@@ -95,6 +95,7 @@ class Diffusion(lightning.LightningModule):
     """
 
     conditioner: Conditioner | None = None
+    guidance = Guidance()
 
     def __init__(
         self,
@@ -255,14 +256,28 @@ class Diffusion(lightning.LightningModule):
         network: Any = self.denoiser.network
         return network.img_ch, network.img_size, network.img_size
 
-    def predictor(self, weight: float | Tensor | None) -> Predictor:
-        """What the sampler is given; `weight` has a meaning under guidance only.
+    def predictor(self, weight: float | Tensor | None, guidance: Guidance | None = None) -> Predictor:
+        """What the sampler is given.
+
+        Args:
+            weight: guidance weight w; None takes the module's own.
+            guidance: the rest of it; None takes the module's own.
 
         Raises:
-            AntherError: a guidance weight for a model that has no condition.
+            AntherError: guidance of a model that has neither a condition nor a worse model to be led away from, or one
+                by a worse model that leaves the weight open.
         """
+        guidance = guidance or self.guidance
+        if guidance.bad is not None and weight is not None:
+            return AutoGuidance(self.denoiser, guidance.bad, weight, guidance)
+        if guidance.bad is not None:
+            raise AntherError("this model has no guidance weight of its own: set guidance.weight beside guidance.bad.")
         if weight is not None:
             raise AntherError("this model has no condition, so guidance.weight does not apply: leave it out.")
+        if guidance != Guidance():
+            raise AntherError(
+                "this model has no condition, so guidance.interval and guidance.rescale do not apply: leave them out."
+            )
         return self.denoiser
 
     def sampling_condition(self, prompts: Sequence[str] | None, n: int) -> Tensor | None:
@@ -283,6 +298,7 @@ class Diffusion(lightning.LightningModule):
         weight: float | Tensor | None = None,
         sampler: Sampler | None = None,
         hook: Hook | None = None,
+        guidance: Guidance | None = None,
     ) -> Tensor:
         """Draws one image per seed; image k is a function of its seed, prompt and weight in any batch split.
 
@@ -292,6 +308,7 @@ class Diffusion(lightning.LightningModule):
             weight: guidance weight w, for all or one per image (n,); None takes the module's own.
             sampler: instead of the module's own.
             hook: called after each step.
+            guidance: all about it but the weight; None takes the module's own.
 
         Returns:
             (n, C, H, W), on the module's device; nominally in [-1, 1], not clamped.
@@ -303,7 +320,7 @@ class Diffusion(lightning.LightningModule):
         was_training = self.training
         self.eval()
         try:
-            images = (sampler or self.sampler)(self.predictor(weight), x_1, rng, cond, hook)
+            images = (sampler or self.sampler)(self.predictor(weight, guidance), x_1, rng, cond, hook)
         finally:
             self.train(was_training)
         return images
@@ -319,6 +336,8 @@ class ClassifierFreeDiffusion(Diffusion):
         conditioner: batch or prompts -> conditions; owns the null condition.
         drop_prob: probability with which a sample's whole condition is replaced by the null.
         weight: guidance weight w of `sample`: e = (1 + w) e_c - w e_u.
+        interval: noise levels sigma / alpha at which guidance acts, see `Guidance`; None is all of them.
+        rescale: share by which guided images are brought back to the deviation of unguided ones, see `Guidance`.
         **options: of `Diffusion`.
 
     Raises:
@@ -335,6 +354,8 @@ class ClassifierFreeDiffusion(Diffusion):
         conditioner: Conditioner,
         drop_prob: float = 0.1,
         weight: float = 1.0,
+        interval: Sequence[float] | None = None,
+        rescale: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(denoiser, sampler, optimizer, **options)
@@ -350,6 +371,7 @@ class ClassifierFreeDiffusion(Diffusion):
         self.conditioner = conditioner
         self.drop_prob = drop_prob
         self.weight = weight
+        self.guidance = Guidance(interval, rescale)
 
     def setup(self, stage: str) -> None:  # noqa: D102
         super().setup(stage)
@@ -358,8 +380,9 @@ class ClassifierFreeDiffusion(Diffusion):
             self.conditioner.prepare(datamodule.table)
 
     def describe(self) -> dict[str, str]:  # noqa: D102
-        dropped = f"dropped for {self.drop_prob:.0%} of the samples, guidance weight w = {self.weight}"
-        return {**super().describe(), "condition": f"{self.conditioner.describe()}; {dropped}"}
+        guided = f"guidance weight w = {self.weight}{self.guidance.describe()}"
+        dropped = f"dropped for {self.drop_prob:.0%} of the samples"
+        return {**super().describe(), "condition": f"{self.conditioner.describe()}; {dropped}, {guided}"}
 
     def training_condition(self, batch: Mapping[str, Tensor], uniforms: Tensor) -> Tensor:  # noqa: D102
         cond = self.conditioner.drop(self.conditioner.lookup(batch), self.drop_prob, uniforms)
@@ -368,9 +391,14 @@ class ClassifierFreeDiffusion(Diffusion):
     def validation_condition(self, batch: Mapping[str, Tensor]) -> Tensor:  # noqa: D102
         return torch.cat([self.conditioner.lookup(batch), self.augmentation(batch)], 1)
 
-    def predictor(self, weight: float | Tensor | None) -> Predictor:  # noqa: D102
+    def predictor(  # noqa: D102
+        self, weight: float | Tensor | None, guidance: Guidance | None = None
+    ) -> Predictor:
+        weight, guidance = self.weight if weight is None else weight, guidance or self.guidance
+        if guidance.bad is not None:
+            return AutoGuidance(self.denoiser, guidance.bad, weight, guidance)
         null = torch.cat([self.conditioner.null, torch.zeros(self.augment_dim)])
-        return ClassifierFree(self.denoiser, null, self.weight if weight is None else weight)
+        return ClassifierFree(self.denoiser, null, weight, guidance)
 
     def sampling_condition(self, prompts: Sequence[str] | None, n: int) -> Tensor:  # noqa: D102
         if prompts is None or len(prompts) != n:

@@ -11,6 +11,8 @@ from torch import Tensor
 from diffusion.denoiser import Predictor
 from diffusion.errors import AntherError
 from diffusion.rng import ImageRNG
+from diffusion.samplers.grids import GRIDS
+from diffusion.schedules import Schedule
 
 
 class Step(NamedTuple):
@@ -44,30 +46,29 @@ class Sampler(ABC):
     Args:
         steps: number of steps; None takes every step of the schedule.
         clip: clamp the expected x_0 to [-1, 1] in every step; right for images, wrong for latents.
+        grid: where the steps lie: trailing, logsnr or karras, see `samplers.grids`.
 
     Raises:
-        AntherError: fewer than 1 step.
+        AntherError: fewer than 1 step, or an unknown grid.
     """
 
-    def __init__(self, steps: int | None = None, clip: bool = False) -> None:
+    def __init__(self, steps: int | None = None, clip: bool = False, grid: str = "trailing") -> None:
         if steps is not None and steps < 1:
             raise AntherError(f"a sampler takes 1 step or more, not {steps}: set sampler.steps.")
+        if grid not in GRIDS:
+            raise AntherError(f"unknown grid {grid!r}: set sampler.grid to one of {', '.join(GRIDS)}.")
         self.steps = steps
         self.clip = clip
+        self.grid = grid
 
-    def times(self, T: int) -> Tensor:
-        """Trailing spacing: steps + 1 falling times from 1 to 0, float64, on the grid k / T where it is fine enough.
-
-        Trailing starts at t = 1, where training ended, whatever the number of steps (Lin et al., 2024, arXiv
-        2305.08891).
-        """
-        n = self.steps or T
-        # Multiplied before it is divided: halves stay halves, and all machines round them alike.
-        entries = torch.arange(n, -1, -1, dtype=torch.float64) * T / n
-        return (entries.round() if n <= T else entries) / T
+    def times(self, schedule: Schedule) -> Tensor:
+        """The n + 1 times of a walk of n steps, falling from 1 to 0, float64."""
+        return GRIDS[self.grid](schedule, self.steps or schedule.T)
 
     @abstractmethod
-    def step(self, denoiser: "Conditioned", x_t: Tensor, t: Tensor, s: Tensor, rng: ImageRNG) -> tuple[Tensor, Tensor]:
+    def step(
+        self, denoiser: "Conditioned", x_t: Tensor, t: Tensor, s: Tensor, rng: ImageRNG, before: Step | None
+    ) -> tuple[Tensor, Tensor]:
         """Goes from time t to time s.
 
         Args:
@@ -76,6 +77,8 @@ class Sampler(ABC):
             t: time, float64 scalar.
             s: next time, 0 <= s < t.
             rng: noise, one stream per image.
+            before: the step that led here, for solvers with a memory; None at the start. A sampler itself remembers
+                nothing, so one may be used for several walks at a time.
 
         Returns:
             x_s and the x_0 expected from x_t, both (B, C, H, W).
@@ -97,13 +100,14 @@ class Sampler(ABC):
         Returns:
             x_0, (B, C, H, W); not clamped unless `clip` is set.
         """
-        times = self.times(denoiser.schedule.T).to(x_1.device)
+        times = self.times(denoiser.schedule).to(x_1.device)
         conditioned = Conditioned(denoiser, cond, self.clip)
-        x_t = x_1
+        x_t, before = x_1, None
         for index, (t, s) in enumerate(pairwise(times)):
-            x_s, x_0 = self.step(conditioned, x_t, t, s, rng)
+            x_s, x_0 = self.step(conditioned, x_t, t, s, rng, before)
+            before = Step(index, len(times) - 1, t.item(), s.item(), x_t, x_0, x_s)
             if hook is not None:
-                hook(Step(index, len(times) - 1, t.item(), s.item(), x_t, x_0, x_s))
+                hook(before)
             x_t = x_s
         return x_t
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from diffusion.errors import AntherError
 from diffusion.rng import ImageRNG
-from diffusion.samplers.base import Conditioned, Sampler
+from diffusion.samplers.base import Conditioned, Sampler, Step
 
 
 class DDPM(Sampler):
@@ -39,7 +39,7 @@ class DDPM(Sampler):
         self.variance = variance
 
     def step(  # noqa: D102
-        self, denoiser: Conditioned, x_t: Tensor, t: Tensor, s: Tensor, rng: ImageRNG
+        self, denoiser: Conditioned, x_t: Tensor, t: Tensor, s: Tensor, rng: ImageRNG, before: Step | None
     ) -> tuple[Tensor, Tensor]:
         x_0 = denoiser(x_t, t)
         (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.schedule(t), denoiser.schedule(s)

@@ -207,11 +207,29 @@ def test_a_sweep_ends_with_one_table_and_one_picture(
         (["network=flowers"], "network"),
         (["data.path=/nowhere"], "data.path"),
         (["model=flowers"], "its own config"),
+        (["guidance.interval=[3,1]"], "guidance.interval"),
+        (["guidance.rescale=2"], "guidance.rescale"),
+        (["guidance.bad=nowhere.ckpt"], "nowhere.ckpt"),
     ],
 )
 def test_bad_input(overrides: list[str], says: str, trained: Path, refused: Callable[..., str], tmp_path: Path) -> None:
     assert says in refused("evaluate.py", f"ckpt={trained}", *QUICK, *overrides)
     assert not (tmp_path / "run" / "images").exists()
+
+
+def test_guidance_is_part_of_the_record(trained: Path, evaluated: Path, call: Call, tmp_path: Path) -> None:
+    how = ["guidance.interval=[0.2,4]", "guidance.rescale=0.5", f"guidance.bad={trained}", "sampler=dpmpp_sde"]
+    quick = [*QUICK, "nearest=null", "embedding=null", "num_images=2", "sampler.steps=2"]
+    folder = call("evaluate.py", f"ckpt={trained}", *quick, *how)
+    record = json.loads((folder / "protocol.json").read_text())
+    assert record["guidance_interval"] == [0.2, 4.0]
+    assert record["guidance_rescale"] == 0.5
+    assert record["guidance_bad_sha256"] == record["checkpoint_sha256"]
+    assert record["sampler"]["sde"] is True
+    assert json.loads((folder / "metrics.json").read_text())["run"]["guidance_interval"] == [0.2, 4.0]
+    # Where nothing is asked for, nothing is said: folders that were begun before these settings go on.
+    before = json.loads((evaluated / "protocol.json").read_text())
+    assert before["guidance_interval"] is before["guidance_rescale"] is before["guidance_bad_sha256"] is None
 
 
 def test_a_folder_keeps_to_its_settings(evaluated: Path, trained: Path, refused: Callable[..., str]) -> None:

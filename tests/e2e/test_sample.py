@@ -45,6 +45,45 @@ def test_an_image_is_a_function_of_its_seed_in_any_batch_split(trained: Path, ca
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
+@pytest.mark.parametrize("solver", ["euler", "heun", "dpmpp", "dpmpp_sde"])
+def test_every_solver_draws_and_is_recorded(solver: str, trained: Path, call: Call) -> None:
+    asked = [f"ckpt={trained}", "prompts=[a red rose]", f"sampler={solver}", "sampler.steps=3", "sampler.grid=logsnr"]
+    folder = call("sample.py", *asked, "guidance.interval=[0.1,inf]", "guidance.rescale=0.7")
+    protocol = json.loads((folder / "samples.json").read_text())["protocol"]
+    assert protocol["sampler"]["grid"] == "logsnr"
+    assert protocol["guidance_interval"] == [0.1, float("inf")]
+    assert protocol["guidance_rescale"] == 0.7
+    assert (folder / "images/00000.png").exists()
+
+
+def test_a_model_is_led_away_from_another_checkpoint(trained: Path, call: Call, tmp_path: Path) -> None:
+    import torch
+
+    content = torch.load(trained, weights_only=True)
+    content["state_dict"] = {name: 0.8 * weight for name, weight in content["state_dict"].items()}
+    torch.save(content, tmp_path / "worse.ckpt")
+    asked = [f"ckpt={trained}", "prompts=[a red rose]", "sampler.steps=3", "guidance.weight=2"]
+    drawn = [
+        np.asarray(Image.open(call("sample.py", *asked, *more, folder=tmp_path / str(k)) / "images/00000.png"))
+        for k, more in enumerate([[f"guidance.bad={tmp_path / 'worse.ckpt'}"], [f"guidance.bad={trained}"], []])
+    ]
+    assert (drawn[0] != drawn[1]).any()
+    # Away from itself is nowhere: that is the model without guidance.
+    without = call("sample.py", *asked[:-1], "guidance.weight=0", folder=tmp_path / "without")
+    assert np.abs(drawn[1].astype(int) - np.asarray(Image.open(without / "images/00000.png"), dtype=int)).max() <= 1
+
+
+def test_a_model_of_another_world_cannot_lead(trained: Path, refused: Callable[..., str], tmp_path: Path) -> None:
+    import torch
+
+    content = torch.load(trained, weights_only=True)
+    content["config"]["module"]["denoiser"]["schedule"] = {"_target_": "diffusion.schedules.Linear", "T": 400}
+    torch.save(content, tmp_path / "other.ckpt")
+    said = refused("sample.py", f"ckpt={trained}", "prompts=[a red rose]", f"guidance.bad={tmp_path / 'other.ckpt'}")
+    assert "guidance.bad" in said
+    assert "schedule" in said
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
@@ -55,6 +94,8 @@ def test_an_image_is_a_function_of_its_seed_in_any_batch_split(trained: Path, ca
         (["prompts=[a red rose]", "trainer.accelerator=tpu"], "trainer=cpu"),
         (["prompts=[a steam engine]"], "steam"),
         (["prompts=[a red rose]", "sampler.eta=2"], "eta"),
+        (["prompts=[a red rose]", "sampler=heun", "sampler.grid=even"], "trailing, logsnr, karras"),
+        (["prompts=[a red rose]", "guidance.interval=[5,1]"], "guidance.interval"),
     ],
 )
 def test_bad_input(overrides: list[str], says: str, trained: Path, refused: Callable[..., str], tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Telltale(nn.Module):
 class TwoCalls(Sampler):
     """Asks twice per step, the second time about another image."""
 
-    def step(self, denoiser, x_t, t, s, rng):
+    def step(self, denoiser, x_t, t, s, rng, before):
         x_0 = denoiser(x_t, t)
         again = denoiser(x_t + 1, t)
         return x_t + (s - t).item() * (x_0 + again), x_0

@@ -20,6 +20,7 @@ from diffusion.curation import records
 from diffusion.errors import AntherError
 from diffusion.evaluation.embeddings import Embedding, load, sample_embedded
 from diffusion.evaluation.generate import Plan, assemble, check, claim, generate
+from diffusion.guidance import Guidance
 from diffusion.images import to_uint8
 from diffusion.samplers import DDIM, DDPM
 from tests.callbacks.tiny_training import module
@@ -89,6 +90,16 @@ class StopsAfter(DDPM):
         if self.left < 0:
             raise StoppedError
         return super().__call__(*args, **options)
+
+
+def test_guidance_of_the_plan_reaches_the_images(model, whole, tmp_path):
+    guidance = Guidance((0.5, 3), 0.7)
+    plan = replace(PLAN, num_images=2, guidance=guidance)
+    generate(model, plan, tmp_path)
+    drawn = model.sample(PROMPTS[:2], [100, 101], 2.0, DDPM(), guidance=guidance)
+    for k, image in enumerate(to_uint8(drawn)):
+        assert np.abs(pixels(tmp_path, k) - image.permute(1, 2, 0).numpy()).max() <= 1
+        assert np.abs(pixels(tmp_path, k) - pixels(whole, k)).max() > 1
 
 
 # What is made --------------------------------------------------------------------------------------------------------

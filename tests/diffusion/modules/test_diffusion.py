@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 from diffusion.conditioning.labels import Labels
 from diffusion.denoiser import Denoiser
 from diffusion.errors import AntherError
+from diffusion.guidance import AutoGuidance, Guidance
 from diffusion.modules.diffusion import ClassifierFreeDiffusion, Diffusion, draw_times, draw_training
 from diffusion.networks.unet import UNet
-from diffusion.rng import generator
+from diffusion.rng import ImageRNG, generator
 from diffusion.samplers import DDIM, DDPM
 from diffusion.schedules import Linear
 
@@ -338,6 +339,43 @@ def test_sampling_starts_from_the_images_seed_and_guides_with_the_modules_weight
     assert not torch.allclose(image, module.sample(PROMPTS[:2], [5, 6], weight=0.0), atol=1e-4)
     null = module.sample(PROMPTS[:2], [5, 6], weight=-1.0)
     assert torch.equal(null, module.sample(PROMPTS[2:4], [5, 6], weight=-1.0))  # w = -1 does not read the prompt
+
+
+def test_the_modules_own_guidance_is_the_default_and_may_be_replaced():
+    plain = build(ClassifierFreeDiffusion, weight=2.0)
+    module = build(ClassifierFreeDiffusion, weight=2.0, interval=[0.5, 3], rescale=0.7)
+    assert module.guidance == Guidance([0.5, 3], 0.7)
+    own = module.sample(PROMPTS[:2], [5, 6])
+    assert torch.equal(own, plain.sample(PROMPTS[:2], [5, 6], guidance=Guidance([0.5, 3], 0.7)))
+    assert not torch.allclose(own, plain.sample(PROMPTS[:2], [5, 6]), atol=1e-4)
+    assert torch.equal(module.sample(PROMPTS[:2], [5, 6], guidance=Guidance()), plain.sample(PROMPTS[:2], [5, 6]))
+
+
+@pytest.mark.parametrize("kind", [Diffusion, ClassifierFreeDiffusion])
+def test_any_model_may_be_led_away_from_a_worse_one(kind):
+    module, worse = build(kind), build(kind)
+    with torch.no_grad():
+        for parameter in worse.parameters():
+            parameter.mul_(0.9)
+    prompts = PROMPTS[:2] if kind is ClassifierFreeDiffusion else None
+    led = Guidance(bad=worse.denoiser)
+    image = module.sample(prompts, [5, 6], weight=1.5, guidance=led)
+    predictor = module.predictor(1.5, led)
+    assert isinstance(predictor, AutoGuidance)
+    rng = ImageRNG([5, 6])
+    expected = DDIM(3)(predictor, rng.randn((3, 8, 8)), rng, module.sampling_condition(prompts, 2))
+    assert torch.equal(image, expected)
+    assert not torch.allclose(image, module.sample(prompts, [5, 6], weight=0.0, guidance=led), atol=1e-4)
+
+
+def test_guidance_that_cannot_be_is_refused():
+    module = build()
+    with pytest.raises(AntherError, match=r"guidance.interval and guidance.rescale do not apply"):
+        module.sample(None, [0], guidance=Guidance(rescale=0.5))
+    with pytest.raises(AntherError, match=r"set guidance.weight beside guidance.bad"):
+        module.sample(None, [0], guidance=Guidance(bad=build().denoiser))
+    with pytest.raises(AntherError, match=r"0 <= low < high"):
+        build(ClassifierFreeDiffusion, interval=[3, 1])
 
 
 @pytest.mark.parametrize("training", [True, False])

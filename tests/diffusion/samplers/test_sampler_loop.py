@@ -9,7 +9,7 @@ from diffusion.errors import AntherError
 from diffusion.guidance import ClassifierFree
 from diffusion.networks.unet import UNet
 from diffusion.rng import ImageRNG
-from diffusion.samplers import DDIM, DDPM
+from diffusion.samplers import DDIM, DDPM, DPMpp, Heun
 from diffusion.schedules import Linear
 
 T, SHAPE = 40, (3, 8, 8)
@@ -19,6 +19,13 @@ SAMPLERS = {
     "beta_prev": DDPM(variance="beta_prev"),
     "ddim": DDIM(10),
     "ddim-1": DDIM(10, 1.0, clip=True),
+    "euler-karras": DDIM(10, grid="karras"),
+    "heun": Heun(10),
+    "heun-trailing": Heun(10, grid="trailing", clip=True),
+    "dpmpp": DPMpp(10),
+    "dpmpp-heun": DPMpp(10, correction="heun", grid="logsnr"),
+    "dpmpp-sde": DPMpp(10, sde=True, clip=True),
+    "dpmpp-sde-karras": DPMpp(10, sde=True, grid="karras"),
 }
 
 
@@ -48,7 +55,9 @@ def test_the_same_image_in_any_batch_split_to_the_bit(sampler, split):
             assert torch.equal(image, together[seed])
 
 
-@pytest.mark.parametrize("sampler", [DDPM(5), DDIM(5, 1.0)], ids=["ddpm", "ddim-1"])
+@pytest.mark.parametrize(
+    "sampler", [DDPM(5), DDIM(5, 1.0), Heun(3), DPMpp(5, sde=True)], ids=["ddpm", "ddim-1", "heun", "dpmpp-sde"]
+)
 @pytest.mark.parametrize("family", ["course", "handson"])
 def test_the_same_guided_image_of_a_network_in_any_batch_split(sampler, family):
     torch.manual_seed(0)
@@ -89,6 +98,27 @@ def test_a_hook_sees_every_step(sampler):
         torch.testing.assert_close(step.x_0, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("sampler", [Heun(4), DPMpp(6), DPMpp(6, sde=True)], ids=["heun", "dpmpp", "dpmpp-sde"])
+def test_a_sampler_remembers_nothing_of_another_walk(sampler):
+    # Two walks take turns on one object, as an evaluation and a callback may.
+    denoiser = Denoiser(Elementwise(), Linear(T))
+    alone = draw(sampler, denoiser, SEEDS)
+    draw(sampler, denoiser, SEEDS[:2], hook=lambda step: draw(sampler, denoiser, [7, 8]))
+    assert torch.equal(draw(sampler, denoiser, SEEDS, hook=lambda step: draw(sampler, denoiser, SEEDS[::-1])), alone)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "calls"), [(DDIM(7), 7), (DPMpp(7), 7), (DPMpp(7, sde=True), 7), (Heun(7), 13), (Heun(1), 1)]
+)
+def test_calls_of_the_network(sampler, calls):
+    network = Elementwise()
+    seen = []
+    network.register_forward_hook(lambda module, inputs, output: seen.append(float(inputs[1][0])))
+    draw(sampler, Denoiser(network, Linear(T)), SEEDS)
+    assert len(seen) == calls
+    assert min(seen) > 0  # no network was trained at t = 0
+
+
 def test_a_hook_changes_nothing_and_no_graph_is_kept():
     network = nn.Conv2d(3, 3, 1)
     forward = network.forward
@@ -121,7 +151,7 @@ def test_eta_1_is_ddpm_and_eta_0_draws_no_noise():
 
 @pytest.mark.parametrize("steps", [1, 2, 7, T, 2 * T + 1])
 def test_times_fall_from_one_to_zero_in_any_number_of_steps(steps):
-    times = DDIM(steps).times(T)
+    times = DDIM(steps).times(Linear(T))
     assert len(times) == steps + 1
     assert (times[0], times[-1]) == (1, 0)
     assert (times.diff() < 0).all()
@@ -131,7 +161,7 @@ def test_times_fall_from_one_to_zero_in_any_number_of_steps(steps):
 
 
 def test_all_steps_by_default():
-    assert len(DDPM().times(300)) == 301
+    assert len(DDPM().times(Linear(300))) == 301
 
 
 @pytest.mark.parametrize(
@@ -142,6 +172,9 @@ def test_all_steps_by_default():
         (lambda: DDPM(variance="fixed_small"), "posterior, beta or beta_prev"),
         (lambda: DDIM(5, eta=1.5), r"eta lies in \[0, 1\]"),
         (lambda: DDIM(5, eta=-0.1), r"eta lies in \[0, 1\]"),
+        (lambda: DPMpp(0), "1 step or more, not 0"),
+        (lambda: Heun(5, grid="cosine"), "unknown grid 'cosine': .* trailing, logsnr, karras"),
+        (lambda: DPMpp(5, correction="euler"), "midpoint or heun"),
     ],
 )
 def test_what_cannot_work_is_refused(make, message):

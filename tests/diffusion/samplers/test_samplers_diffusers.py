@@ -211,7 +211,7 @@ def test_straight_paths_are_eulers_method_of_diffusers(steps):
 def test_times_are_the_trailing_ones_of_diffusers(T, steps):
     scheduler = DDPMScheduler(T, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
-    times = DDPM(steps).times(T)
+    times = DDPM(steps).times(Linear(T))
     assert times.dtype == torch.float64
     assert ((times[:-1] * T).round().long() - 1).tolist() == scheduler.timesteps.tolist()
     assert times[-1] == 0
