@@ -276,7 +276,7 @@ def test_the_table_agrees_with_torchvision():
         assert asset.urls == tuple(mirror + Path(asset.file).name for mirror in MNIST.mirrors)
     for asset in ASSETS.values():
         assert len(asset.sha256) == 64
-        assert asset.urls or asset.wheel
+        assert asset.urls or asset.wheel or asset.npm
 
 
 @pytest.mark.skipif("ANTHER_TEST_DATA" not in os.environ, reason="needs ANTHER_TEST_DATA")
