@@ -17,8 +17,8 @@ from diffusion.errors import AntherError
 from diffusion.files import sha256
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-# sha1 of each batch in the authors' binary form (a label, then 3 x 32 x 32 pixels), as Apache MXNet publishes them: what
-# is read counts as CIFAR-10 when it has this content, in whatever form it came.
+# sha1 of each batch in the author's binary form (a label, then 3 x 32 x 32 pixels), as Apache MXNet publishes them:
+# what is read counts as CIFAR-10 when it has this content, in whatever form it came.
 BATCHES = {
     "data_batch_1": "aadd24acce27caa71bf4b10992e9e7b2d74c2540",
     "data_batch_2": "c0ba65cce70568cd57b4e03e9ac8d2a5367c1795",
@@ -58,24 +58,20 @@ class CIFAR10(ImageDataModule):
         digest = content_digest(["cifar10", self.image_shape, *BATCHES.values()])
         images = native
         if self.image_shape[1] != 32:
+            side = self.image_shape[1]
             images, _ = cached_images(
-                digest,
-                len(native),
-                self.image_shape,
-                lambda row: _resized(native[row], self.image_shape[1]),
-                "resizing",
+                digest, len(native), self.image_shape, lambda row: _resized(native[row], side), "resizing cifar10"
             )
         images.setflags(write=False)
         tested = len(batches[-1])
+        captions = [f"A photo of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in CLASSES]
         names = [f"train/{i:05d}" for i in range(len(rows) - tested)] + [f"test/{i:05d}" for i in range(tested)]
         return ImageTable(
             images=images,
             labels=labels,
             class_names=CLASSES,
             names=tuple(names),
-            captions=tuple(
-                f"A photo of {'an' if c[0] in 'aeiou' else 'a'} {c}" for c in map(CLASSES.__getitem__, labels)
-            ),
+            captions=tuple(captions[label] for label in labels.tolist()),
             digest=digest,
         )
 
@@ -168,7 +164,7 @@ def _read_binary(file: Path) -> Array:
 
 
 def _read_sheet(file: Path) -> Array:
-    # A row of the sheet is an image, its 32 x 32 pixels one after the other; labels of all training batches share a file.
+    # A row of the sheet is an image, its 32 x 32 pixels one after the other; all training labels share a file.
     from PIL import Image
 
     with Image.open(file) as sheet:

@@ -174,4 +174,5 @@ def read_mat(path: Path, key: str) -> Array:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", " ", name.lower()).strip()
+    words = re.sub(r"[^a-z0-9]+", " ", name.lower()).strip()
+    return "lotus" if words == "lotus lotus" else words  # so it is called in the widely copied list of the names

