@@ -335,6 +335,8 @@ def _by_score(
 
 @dataclass(frozen=True)
 class Cell:
+    """A place on a contact sheet: pictures and what stands below them."""
+
     pictures: "Sequence[Image.Image]"  # one above the other
     caption: str = ""
 
@@ -471,6 +473,7 @@ def _of(shown: int, total: int, what: str = "images") -> str:
 
 
 def in_lines(cells: list[Cell], columns: int) -> list[list[Cell]]:
+    """Cells row by row."""
     return [cells[k : k + columns] for k in range(0, len(cells), columns)]
 
 
