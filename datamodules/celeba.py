@@ -48,8 +48,8 @@ class CelebA(FolderImages):
     """
 
     def __init__(self, *, path: str, attribute: str | None = None, **settings: Any) -> None:
-        super().__init__(**{"name": "celeba"} | settings, path=path)
         self.attribute = attribute
+        super().__init__(**{"name": "celeba"} | settings, path=path)
 
     @property
     def folder(self) -> Path:
@@ -96,7 +96,7 @@ class CelebA(FolderImages):
 
     def caption(self, class_name: str) -> str:
         """See `FolderImages`; of an attribute the caption is the class."""
-        return class_name if self.attribute is not None and class_name != "flower" else super().caption(class_name)
+        return super().caption(class_name) if self.attribute is None else class_name
 
     def load(self) -> ImageTable:
         """See `ImageDataModule`; with the attributes."""

@@ -50,7 +50,7 @@ class Limits:
     odd_aspect: float = 0.35
     grey: float = 8.0
     hash_bits: int = 6
-    difference: float = 12.0
+    difference: float = 10.0
 
 
 class _Originals:
@@ -172,7 +172,7 @@ def _twins(order: Array, pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[int
 
 
 def near_pairs(
-    table: ImageTable, rows: Array, hashes: Array, limits: Limits, chunk: int = 1024
+    table: ImageTable, rows: Array, hashes: Array, limits: Limits, chunk: int = 256
 ) -> dict[tuple[int, int], float]:
     """Pairs (a, b), a < b, of positions in `rows` that show the same picture, with their difference in levels of 255.
 
@@ -183,33 +183,41 @@ def near_pairs(
         limits: see `Limits`.
         chunk: rows that are compared with all others at once.
     """
-    candidates = [
-        (int(a) + start, int(b) + start)
-        for start in range(0, len(hashes), chunk)
-        for a, b in _close(hashes[start : start + chunk], hashes[start:], limits.hash_bits)
-    ]
-    small: dict[int, Array] = {}
+    from rich.console import Console
+    from rich.progress import track
+
+    small = np.empty((len(rows), SIDE, SIDE, 3), np.uint8)  # memory is taken for what is written only
+    made = np.zeros(len(rows), bool)
     pairs = {}
-    for a, b in candidates:
-        for k in (a, b):
-            if k not in small:
-                small[k] = thumbnail(table, int(rows[k]))
-        difference = float(np.sqrt(np.mean((small[a] - small[b]) ** 2)))
-        if difference <= limits.difference:
-            pairs[a, b] = difference
-    return pairs
-
-
-def _close(some: Array, others: Array, bits: int) -> Array:
-    a, b = np.nonzero(np.bitwise_count(some[:, None] ^ others[None]) <= bits)
-    pairs: Array = np.stack([a, b], 1)[a < b]
+    starts = track(
+        range(0, len(hashes), chunk),
+        description="near duplicates",
+        transient=True,
+        console=Console(stderr=True),
+        disable=len(hashes) < 2 * chunk,
+    )
+    for start in starts:
+        close = np.bitwise_count(hashes[start : start + chunk, None] ^ hashes[None, start:]) <= limits.hash_bits
+        candidates = np.argwhere(np.triu(close, 1)) + start
+        for k in np.unique(candidates[~made[candidates]]):
+            small[k], made[k] = thumbnail(table, int(rows[k])), True
+        for part in np.array_split(candidates, -(-len(candidates) // 1024) or 1):
+            differences = _differences(small[part[:, 0]], small[part[:, 1]])
+            for (a, b), value in zip(part, differences, strict=True):
+                if value <= limits.difference:
+                    pairs[int(a), int(b)] = float(value)
     return pairs
 
 
 def thumbnail(table: ImageTable, row: int) -> Array:
-    """The original of a row as float32 (32, 32, 3), less its mean brightness: a change of it makes no new picture."""
+    """The original of a row as uint8 (32, 32, 3)."""
     from PIL import Image
 
-    small = table.original(row).resize((SIDE, SIDE), Image.Resampling.BOX)
-    pixels = np.asarray(small, np.float32)
-    return pixels - pixels.mean()
+    return np.asarray(table.original(row).resize((SIDE, SIDE), Image.Resampling.BOX))
+
+
+def _differences(some: Array, others: Array) -> Array:
+    """Root mean square difference of each pair, less the mean: another brightness makes no other picture."""
+    apart = some.astype(np.float32) - others
+    differences: Array = apart.std((1, 2, 3))
+    return differences

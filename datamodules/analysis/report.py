@@ -15,15 +15,21 @@ from diffusion.files import atomic
 LINES = 500  # of the list of findings that the page shows
 
 
-def count(found: Sequence[Exclusion], reasons: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """By reason: how many images, in which splits, how many with a twin in another split, and whether it is listed."""
+def count(found: Sequence[Exclusion], reasons: Sequence[str], splits: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """By reason: how many images, in which splits, how many with a twin in another split, and whether it is listed.
+
+    Args:
+        found: the findings.
+        reasons: that are listed.
+        splits: of the images, by name.
+    """
     counts = {}
     for reason in REASONS:
         of = [finding for finding in found if finding.reason == reason]
         counts[reason] = {
             "images": len(of),
             "by_split": dict(Counter(finding.split for finding in of if finding.split)),
-            "across_splits": sum("its twin is in" in finding.details for finding in of),
+            "across_splits": sum(bool(finding.kept) and splits[finding.kept] != finding.split for finding in of),
             "listed": reason in reasons,
         }
     return counts

@@ -57,7 +57,9 @@ def analyze(config: Mapping[str, Any], folder: Path) -> None:
             "std": "divided by N",
         },
         **measure.summarise(measured, table),
-        "findings": report.count(found, config["reasons"]),
+        "findings": report.count(
+            found, config["reasons"], dict(zip(measured.frame["name"], measured.frame["split"], strict=True))
+        ),
         "excluded": len({finding.name for finding in listed}),
     }
     words = measured.frame["name"].map(_reasons(found)).fillna("")
