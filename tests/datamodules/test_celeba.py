@@ -82,6 +82,19 @@ def test_an_unpacked_folder_gives_the_same_table(files):
     assert ready(files).table.digest == packed.table.digest
 
 
+def test_attributes_stay_with_their_images_when_one_cannot_be_decoded(files):
+    whole = ready(files)
+    with zipfile.ZipFile(files / "img_align_celeba.zip") as archive:
+        archive.extractall(files)
+    (files / "img_align_celeba" / "000002.jpg").write_bytes(b"")
+    module = ready(files, on_corrupt="skip")
+    assert module.table.unreadable == ("000002.jpg",)
+    assert module.table.attributes.tolist() == [row for k, row in enumerate(whole.table.attributes.tolist()) if k != 1]
+    names = {split: [module.table.names[row] for row in rows] for split, rows in module.splits.items()}
+    assert names["val"] == ["000005.jpg", "000010.jpg"]
+    assert names["test"] == ["000003.jpg", "000007.jpg", "000012.jpg"]
+
+
 def test_an_attribute_as_two_classes(files):
     module = ready(files, attribute="5_o_Clock_Shadow")
     assert module.class_names == ("not 5 o clock shadow", "5 o clock shadow")

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,7 +91,6 @@ def test_a_folder_with_one_of_each_fault(call: Call, faulty: Path, tmp_path: Pat
         "exact_duplicate": 1,
         "near_duplicate": 1,
     }
-    assert sorted(path.name for path in faulty.rglob("*.*")) == sorted(path.name for path in faulty.rglob("*.*"))
     assert len(list(faulty.rglob("*.*"))) == 30
 
     # The list is honoured, by the data module itself, and nothing is left for a second look.
@@ -133,19 +131,3 @@ def test_faults_end_with_a_sentence(refused: Refused, tmp_path: Path) -> None:
     sentence = refused("analyze.py", "data=celeba", f"data.path={tmp_path}/celeba")
     assert "list_eval_partition.txt" in sentence
     assert "img_align_celeba.zip" in sentence
-
-
-def test_help_does_not_wait_for_torch(command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
-    import os
-    import sys
-
-    # A torch that cannot be imported stands before the real one.
-    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    root = Path(__file__).resolve().parents[2]
-    for option in ("--help", "--cfg=job"):
-        done = subprocess.run(
-            [sys.executable, "analyze.py", option], cwd=root, env=env, capture_output=True, text=True, check=True
-        )
-        assert "exclude.csv" in done.stdout or "near_duplicate" in done.stdout
-    assert "data.exclude" in command("analyze.py", "--help").stdout
