@@ -11,15 +11,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from datamodules.archives import content_root, extract, hidden
+from datamodules.archives import IMAGE_SUFFIXES, content_root, extract, hidden
 from datamodules.augment import Augment
 from datamodules.base import Array, ImageDataModule, ImageTable, cached_images, content_digest, open_rgb
 from diffusion.assets import cache_dir, download, resolve
 from diffusion.errors import AntherError
 from diffusion.files import sha256
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-KINDS = ", ".join(sorted(SUFFIXES))
+KINDS = ", ".join(sorted(IMAGE_SUFFIXES))
 ARCHIVES = (".zip", ".tgz", ".tar.gz", ".tar")
 
 
@@ -294,7 +293,7 @@ class Flowers210(FolderImages):
 
 def image_files(folder: Path, root: Path) -> list[Path]:
     """The images in a folder and below, in the order of their paths relative to `root`; hidden ones do not count."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     named = {path.relative_to(root).as_posix(): path for path in found}
     return [path for name, path in sorted(named.items()) if not any(map(hidden, name.split("/")))]
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_a_file_that_cannot_be_decoded_may_be_on_the_list(tmp_path, photos):
         ready(photos, tmp_path / "list.csv")
 
 
-def test_a_folder_without_classes(photos):
+def test_a_folder_without_classes(photos, tmp_path):
     (photos / "rose" / "deep").mkdir()
     (photos / "rose" / "9.png").rename(photos / "rose" / "deep" / "9.png")
     Image.new("RGB", (9, 9)).save(photos / "loose.jpg")
@@ -120,6 +121,11 @@ def test_a_folder_without_classes(photos):
     assert set(module.table.captions) == {"A photo of a flower"}
     assert module.table.labels.tolist() == [0] * 21
     assert {"loose.jpg", "rose/deep/9.png", "iris/0.png"} <= set(module.table.names)
+    shutil.rmtree(photos / "rose")
+    (photos / "iris" / "deeper").mkdir()
+    assert len(ready(photos, kind=PlainFolder).table) == 11  # the image at the top, beside the only folder, too
+    archive = shutil.make_archive(str(tmp_path / "packed"), "zip", photos)
+    assert len(ready(archive, kind=PlainFolder).table) == 11
     for file in photos.rglob("*.*"):
         file.unlink()
     with pytest.raises(AntherError, match="holds no images"):
