@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from datamodules.archives import extract
 from datamodules.base import ImageTable, content_digest
-from datamodules.folders import PlainFolder
+from datamodules.folders import PlainFolder, image_files
 from diffusion.assets import AssetError, cache_dir, download
 from diffusion.errors import AntherError
 from diffusion.files import atomic, sha256
@@ -41,10 +41,11 @@ class Pairs(PlainFolder):
     def locate(self) -> Path:
         """See `FolderImages`."""
         path = Path(str(self.path)).expanduser().absolute()
-        for suffix, unpack in ((".tar", _unpacked), (".parquet", self._fetched)):
-            files = [path] if path.is_file() and path.suffix == suffix else sorted(path.glob(f"*{suffix}"))
-            if files:
-                return unpack(files)
+        if shards := _files(path, ".tar"):
+            return _unpacked(shards)
+        # img2dataset leaves tables beside what it has fetched.
+        if (tables := _files(path, ".parquet")) and not (path.is_dir() and image_files(path, path)):
+            return self._fetched(tables)
         return super().locate()
 
     def _fetched(self, tables: Sequence[Path]) -> Path:
@@ -127,6 +128,10 @@ def read_caption(image: Path) -> str:
         ) from error
     except (ValueError, AttributeError, StopIteration) as error:
         raise AntherError(f"{record} has no `caption`; write one, or put {text.name} beside the image.") from error
+
+
+def _files(path: Path, suffix: str) -> list[Path]:
+    return [path] if path.is_file() and path.suffix == suffix else sorted(path.glob(f"*{suffix}"))
 
 
 def _unpacked(shards: Sequence[Path]) -> Path:

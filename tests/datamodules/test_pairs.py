@@ -56,7 +56,12 @@ def test_pairs_of_img2dataset(tmp_path, how):
         for part in every:
             for name, content in part.items():
                 (tmp_path / "set").mkdir(exist_ok=True)
-                (tmp_path / "set" / name).write_bytes(content)
+                (tmp_path / "set" / "00000" / name).parent.mkdir(exist_ok=True)
+                (tmp_path / "set" / "00000" / name).write_bytes(content)
+        # A table of what was fetched lies beside it, and is not fetched again.
+        parquet.write_table(
+            pa.table({"url": ["http://127.0.0.1:9/x"], "caption": ["x"]}), tmp_path / "set" / "0.parquet"
+        )
     else:
         (tmp_path / "set").mkdir()
         for number, members in enumerate([every] if how == "one shard" else [every[:4], every[4:]]):

@@ -41,6 +41,11 @@ def test_spread_says_whether_there_is_colour():
     tinted = np.full((20, 20, 3), 100, np.uint8)
     tinted[..., 0] += 30
     assert measure(Image.fromarray(tinted), 3)[0]["spread"] == 30
+    # A red berry in a grey landscape is colour; a coloured pixel here and there is not.
+    for share, spread in ((0.03, 200), (0.005, 0)):
+        berry = np.full((100, 100, 3), 20, np.uint8)
+        berry.reshape(-1, 3)[: int(share * 10_000), 0] = 220
+        assert measure(Image.fromarray(berry), 3)[0]["spread"] == spread
 
 
 def test_the_hash_is_that_of_imagehash():
