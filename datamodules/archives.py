@@ -21,6 +21,8 @@ MAX_RATIO = 100
 
 _FREE_BYTES = 256 * 2**20
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
 
 def extract(archive: Path, target: Path) -> Path:
     """Unpacks a zip or tar (plain, gz, bz2, xz) as the folder `target`, unless it is there already.
@@ -71,12 +73,16 @@ def extract(archive: Path, target: Path) -> Path:
 
 
 def content_root(folder: Path) -> Path:
-    """The folder that holds the class folders: `folder`, or the only folder in it if that holds folders itself."""
-    while True:
+    """The folder that holds the class folders: `folder`, or the only folder in it if that holds folders itself.
+
+    A folder with images of its own is never passed over.
+    """
+    while not any(path.suffix.lower() in IMAGE_SUFFIXES and not hidden(path.name) for path in folder.iterdir()):
         inner = [path for path in folder.iterdir() if path.is_dir() and not hidden(path.name)]
         if len(inner) != 1 or not any(path.is_dir() and not hidden(path.name) for path in inner[0].iterdir()):
             return folder
         folder = inner[0]
+    return folder
 
 
 def hidden(name: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from datamodules.exclusion import Exclusion, read_exclusions
 from diffusion.assets import cache_dir
 from diffusion.errors import AntherError
 from diffusion.files import atomic
@@ -41,6 +42,9 @@ class ImageTable:
         captions: one per row.
         digest: sha256 over content and decoding parameters, the key of every cache built on the table.
         files: one path per row where rows are decoded files, else empty.
+        unreadable: names of files that could not be decoded and have no row.
+        attributes: bool (N, A), what else is known of each row; None where nothing is.
+        attribute_names: A of them.
     """
 
     images: Array
@@ -50,10 +54,14 @@ class ImageTable:
     captions: tuple[str, ...]
     digest: str
     files: tuple[Path, ...] = ()
+    unreadable: tuple[str, ...] = ()
+    attributes: Tensor | None = None
+    attribute_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         counts = {len(self.images), len(self.labels), len(self.names), len(self.captions)}
         counts |= {len(self.files)} if self.files else set()
+        counts |= set() if self.attributes is None else {len(self.attributes)}
         if len(counts) != 1 or self.images.dtype != np.uint8 or self.images.ndim != 4:
             raise ValueError(f"a table needs uint8 (N, C, H, W) and N of everything: {self.images.shape}, {counts}")
         if len(set(self.names)) != len(self.names):
@@ -115,17 +123,20 @@ def cached_images(
     rows_path = path.with_suffix(".json")
     if (found := _load(path, rows_path, count, shape)) is not None:
         return found
-    images = np.empty((count, *shape), np.uint8)
     kept: list[int] = []
-    for row, pixels in _decoded(count, decode, label):
-        if pixels is not None:
-            images[len(kept)] = pixels
-            kept.append(row)
     with atomic(path) as temporary:
-        # Not np.save, whose error on a full disk has no number, nor a writable map, which dies of it.
+        # Row by row, since a large data set does not fit in memory; not np.save, whose error on a full disk has no
+        # number, nor a writable map, which dies of it.
         with temporary.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(images[: len(kept)]))
-            file.write(images[: len(kept)].data)
+            _write_header(file, (count, *shape))
+            for row, pixels in _decoded(count, decode, label):
+                if pixels is not None:
+                    if pixels.shape != shape or pixels.dtype != np.uint8:
+                        raise ValueError(f"row {row} is {pixels.dtype} {pixels.shape}, not uint8 {shape}")
+                    file.write(np.ascontiguousarray(pixels).data)
+                    kept.append(row)
+            file.seek(0)
+            _write_header(file, (len(kept), *shape))  # NumPy pads headers for just this: any count takes as many bytes
         # The rows come first: an array without them is not loaded.
         with atomic(rows_path) as temporary_rows:
             temporary_rows.write_text(json.dumps({"count": count, "rows": kept}))
@@ -133,6 +144,10 @@ def cached_images(
     if found is None:
         raise AntherError(f"the table just written to {path} cannot be read back; check the disk of that folder.")
     return found
+
+
+def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
 def _decoded(count: int, decode: Callable[[int], Array | None], label: str) -> Iterator[tuple[int, Array | None]]:
@@ -328,6 +343,8 @@ class ImageDataModule(LightningDataModule, ABC):
         split: fractions by name; needs "train" and "val".
         split_seed: of the split alone, so that runs of several seeds share their validation images.
         balanced: draw training images with replacement, so that every class is equally frequent.
+        exclude: a table of images to leave out, as analyze.py writes it: CSV with the columns `name` and `reason`. The
+            splits are made first, so the images that stay keep their split.
     """
 
     def __init__(
@@ -344,6 +361,7 @@ class ImageDataModule(LightningDataModule, ABC):
         split: Mapping[str, float] | None = None,
         split_seed: int = 42,
         balanced: bool = False,
+        exclude: str | None = None,
     ) -> None:
         super().__init__()
         val_batch_size = batch_size if val_batch_size is None else val_batch_size
@@ -358,6 +376,8 @@ class ImageDataModule(LightningDataModule, ABC):
         self.seed, self.split_seed = seed, split_seed
         self.drop_last, self.num_workers, self.augment = drop_last, num_workers, augment
         self.balanced = balanced
+        self.exclude = exclude
+        self.exclusions: tuple[Exclusion, ...] = () if exclude is None else read_exclusions(Path(exclude).expanduser())
         self.split = dict(split) if split else {"train": 0.95, "val": 0.05}
         self._table: ImageTable | None = None
         self._splits: dict[str, Array] = {}
@@ -392,7 +412,29 @@ class ImageDataModule(LightningDataModule, ABC):
         rows = np.concatenate(list(splits.values()))
         assert len(np.unique(rows)) == len(rows), "splits overlap"
         assert {"train", "val"} <= set(splits)
-        self._table, self._splits = table, splits
+        self._table, self._splits = table, self._without_excluded(table, splits)
+
+    def _without_excluded(self, table: ImageTable, splits: dict[str, Array]) -> dict[str, Array]:
+        named = {exclusion.name for exclusion in self.exclusions}
+        if unknown := sorted(named - set(table.names) - set(table.unreadable)):
+            shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+            raise AntherError(
+                f"data.exclude={self.exclude} names {shown}, which {self.name} does not have: correct the list, or "
+                "give the one that was made for these data."
+            )
+        stay = np.array([name not in named for name in table.names])
+        left = {name: rows[stay[rows]] for name, rows in splits.items()}
+        if empty := [name for name, rows in left.items() if not len(rows) and len(splits[name])]:
+            raise AntherError(f"data.exclude={self.exclude} leaves no image in {', '.join(empty)}: shorten the list.")
+        return left
+
+    @property
+    def excluded(self) -> dict[str, str]:
+        """Name and reason of each image that `exclude` leaves out."""
+        reasons: dict[str, list[str]] = {}
+        for exclusion in self.exclusions:
+            reasons.setdefault(exclusion.name, []).append(exclusion.reason)
+        return {name: ", ".join(dict.fromkeys(filter(None, found))) for name, found in reasons.items()}
 
     @property
     def table(self) -> ImageTable:
@@ -424,6 +466,7 @@ class ImageDataModule(LightningDataModule, ABC):
             "digest": table.digest,
             "classes": list(table.class_names),
             "split_seed": self.split_seed,
+            "excluded": self.excluded,
             "splits": {name: [table.names[row] for row in rows] for name, rows in self.splits.items()},
         }
 
@@ -437,7 +480,8 @@ class ImageDataModule(LightningDataModule, ABC):
         sizes = ", ".join(f"{len(rows)} {name}" for name, rows in self.splits.items())
         names = self.class_names
         classes = f"{len(names)} classes ({', '.join(names[:10])}{', …' if len(names) > 10 else ''})"
-        return f"{self.name}: {sizes} images, {'×'.join(map(str, self.image_shape))}, {classes}"
+        out = f"; {len(self.excluded):,} left out by {self.exclude}" if self.exclude is not None else ""
+        return f"{self.name}: {sizes} images, {'×'.join(map(str, self.image_shape))}, {classes}{out}"
 
     def train_dataloader(self) -> EpochLoader:
         """Shuffled and augmented.

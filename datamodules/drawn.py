@@ -474,6 +474,7 @@ class DrawnFlowers(ImageDataModule):
         drop_last: leave out the last, smaller training batch.
         num_workers: loader processes.
         augment: for training pictures.
+        exclude: a table of pictures to leave out.
     """
 
     def __init__(
@@ -490,6 +491,7 @@ class DrawnFlowers(ImageDataModule):
         drop_last: bool = True,
         num_workers: int = 0,
         augment: Augment | None = None,
+        exclude: str | None = None,
     ) -> None:
         if not 1 <= n_train <= VAL_START or n_val < 1:
             raise AntherError(
@@ -506,6 +508,7 @@ class DrawnFlowers(ImageDataModule):
             drop_last=drop_last,
             num_workers=num_workers,
             augment=augment,
+            exclude=exclude,
         )
         self.n_train, self.n_val, self.drawing_seed, self.partial = n_train, n_val, drawing_seed, partial
 

@@ -4,20 +4,21 @@ import csv
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from datamodules.archives import content_root, extract, hidden
+from datamodules.archives import IMAGE_SUFFIXES, content_root, extract, hidden
 from datamodules.augment import Augment
 from datamodules.base import Array, ImageDataModule, ImageTable, cached_images, content_digest, open_rgb
 from diffusion.assets import cache_dir, download, resolve
 from diffusion.errors import AntherError
 from diffusion.files import sha256
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+KINDS = ", ".join(sorted(IMAGE_SUFFIXES))
 ARCHIVES = (".zip", ".tgz", ".tar.gz", ".tar")
 
 
@@ -38,6 +39,7 @@ class FolderImages(ImageDataModule):
         nouns: what one of a class is called in captions, by folder name; by default the folder's name in the singular.
         captions: template with `{noun}` or, with its article, `{a_noun}`.
         short_side: side of the decoded squares; more than `size` leaves a margin for random crops.
+        crop: side of the central square that is taken, in pixels of the file; by default the file's short side.
         channels: 3 for RGB, 1 for grey.
         on_corrupt: `refuse` stops at files that cannot be decoded and names them, `skip` names them and goes on.
         name: for people; by default that of the folder or asset.
@@ -47,6 +49,7 @@ class FolderImages(ImageDataModule):
         augment: see `ImageDataModule`.
         split: see `ImageDataModule`.
         split_seed: see `ImageDataModule`.
+        exclude: see `ImageDataModule`; files that cannot be decoded may be named there too.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class FolderImages(ImageDataModule):
         nouns: Mapping[str, str] | None = None,
         captions: str = "A photo of {a_noun}",
         short_side: int | None = None,
+        crop: int | None = None,
         channels: int = 3,
         on_corrupt: Literal["refuse", "skip"] = "refuse",
         name: str | None = None,
@@ -70,6 +74,7 @@ class FolderImages(ImageDataModule):
         augment: Augment | None = None,
         split: Mapping[str, float] | None = None,
         split_seed: int = 42,
+        exclude: str | None = None,
     ) -> None:
         if path is None and asset is None:
             raise AntherError("data.path is not set; give data.path=/path/to/a folder or archive of images.")
@@ -84,6 +89,7 @@ class FolderImages(ImageDataModule):
             augment=augment,
             split=split,
             split_seed=split_seed,
+            exclude=exclude,
         )
         self.short_side = size if short_side is None else short_side
         if channels not in (1, 3):
@@ -92,6 +98,9 @@ class FolderImages(ImageDataModule):
             raise AntherError(f"data.short_side={short_side} is less than data.size={size}; make it equal or larger.")
         if on_corrupt not in ("refuse", "skip"):
             raise AntherError(f"data.on_corrupt={on_corrupt} is neither refuse nor skip.")
+        if crop is not None and crop < 1:
+            raise AntherError(f"data.crop={crop} must be at least 1; leave it out to take the whole short side.")
+        self.crop = crop
         self.path, self.asset, self.on_corrupt = path, asset, on_corrupt
         self.classes = None if classes is None else tuple(classes)
         self.nouns, self.captions = dict(nouns or {}), captions
@@ -107,12 +116,14 @@ class FolderImages(ImageDataModule):
         files, labels, class_names = self.find(root)
         names = [file.relative_to(root).as_posix() for file in files]
         shape = (self.image_shape[0], self.short_side, self.short_side)
-        content = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-        digest = content_digest(["bicubic, centre, white", shape, names, content])
+        with ThreadPoolExecutor() as pool:
+            content = list(pool.map(sha256, files))
+        how = "bicubic, centre, white" if self.crop is None else f"bicubic, centre {self.crop}, white"
+        digest = content_digest([how, shape, names, content])
 
         def decode(row: int) -> Array | None:
             try:
-                return decode_square(files[row], self.short_side, self.image_shape[0])
+                return decode_square(files[row], self.short_side, self.image_shape[0], self.crop)
             except MemoryError:
                 raise
             # What Pillow raises for damaged files depends on the format.
@@ -120,7 +131,9 @@ class FolderImages(ImageDataModule):
                 return None
 
         images, kept = cached_images(digest, len(files), shape, decode, f"decoding {self.name}")
-        self._judge([files[row] for row in sorted(set(range(len(files))) - set(kept))])
+        corrupt = sorted(set(range(len(files))) - set(kept))
+        excluded = self.excluded
+        self._judge([files[row] for row in corrupt if names[row] not in excluded])
         if missing := set(range(len(class_names))) - {labels[row] for row in kept}:
             empty = ", ".join(class_names[label] for label in sorted(missing))
             raise AntherError(f"no image of {empty} in {root} can be decoded; replace them or change data.classes.")
@@ -133,6 +146,7 @@ class FolderImages(ImageDataModule):
             captions=tuple(captions[labels[row]] for row in kept),
             digest=digest,
             files=tuple(files[row] for row in kept),
+            unreadable=tuple(names[row] for row in corrupt),
         )
 
     def locate(self) -> Path:
@@ -185,14 +199,10 @@ class FolderImages(ImageDataModule):
         files: list[Path] = []
         labels: list[int] = []
         for label, class_name in enumerate(class_names):
-            found = sorted(
-                (path for path in (root / class_name).rglob("*") if path.suffix.lower() in SUFFIXES),
-                key=lambda path: path.relative_to(root).as_posix(),
-            )
-            found = [path for path in found if not any(map(hidden, path.relative_to(root).parts)) and path.is_file()]
+            found = image_files(root / class_name, root)
             if not found:
                 raise AntherError(
-                    f"the class folder {root / class_name} holds no images ({', '.join(sorted(SUFFIXES))}); fill it "
+                    f"the class folder {root / class_name} holds no images ({KINDS}); fill it "
                     "or leave it out of data.classes."
                 )
             files += found
@@ -217,6 +227,26 @@ class FolderImages(ImageDataModule):
         if shown not in self._told:
             self._told.add(shown)
             logging.getLogger(__name__).warning("skipped %d files that cannot be decoded: %s", len(corrupt), shown)
+
+
+class PlainFolder(FolderImages):
+    """Every image below a folder, whatever its folders mean: one class, for models without a condition.
+
+    Args:
+        noun: what an image shows, the name of the one class.
+        **settings: those of `FolderImages`, without `classes` and `nouns`.
+    """
+
+    def __init__(self, *, noun: str = "image", **settings: Any) -> None:
+        super().__init__(nouns={noun: noun}, **settings)
+        self.noun = noun
+
+    def find(self, root: Path) -> tuple[list[Path], list[int], list[str]]:
+        """See `FolderImages`."""
+        files = image_files(root, root)
+        if not files:
+            raise AntherError(f"{root} holds no images ({KINDS}); correct data.path.")
+        return files, [0] * len(files), [self.noun]
 
 
 class Flowers210(FolderImages):
@@ -261,13 +291,23 @@ class Flowers210(FolderImages):
         return files, labels, class_names
 
 
-def decode_square(path: Path, side: int, channels: int) -> Array:
-    """The central square of an image whose short side becomes `side`: uint8 (channels, side, side)."""
+def image_files(folder: Path, root: Path) -> list[Path]:
+    """The images in a folder and below, in the order of their paths relative to `root`; hidden ones do not count."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    named = {path.relative_to(root).as_posix(): path for path in found}
+    return [path for name, path in sorted(named.items()) if not any(map(hidden, name.split("/")))]
+
+
+def decode_square(path: Path, side: int, channels: int, crop: int | None = None) -> Array:
+    """The central square of an image, resized to `side`: uint8 (channels, side, side).
+
+    The square is the file's short side wide, or `crop` where that is less.
+    """
     from PIL import Image
 
     image = open_rgb(path)
     width, height = image.size
-    short = min(width, height)
+    short = min(width, height) if crop is None else min(width, height, crop)
     # Cutting first gives the square of resizing first, without rounding the long side.
     left, top = (width - short) // 2, (height - short) // 2
     square = image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + short, top + short))

@@ -44,6 +44,7 @@ class MNIST(ImageDataModule):
         split: fractions of the 60,000.
         split_seed: see `ImageDataModule`.
         balanced: see `ImageDataModule`.
+        exclude: see `ImageDataModule`.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class MNIST(ImageDataModule):
         split: Mapping[str, float] | None = None,
         split_seed: int = 42,
         balanced: bool = False,
+        exclude: str | None = None,
     ) -> None:
         if size < 28:
             raise AntherError(f"data.size={size}, but MNIST's digits are 28 pixels wide; choose 28 or more.")
@@ -75,6 +77,7 @@ class MNIST(ImageDataModule):
             split=split,
             split_seed=split_seed,
             balanced=balanced,
+            exclude=exclude,
         )
         self.path = path
 

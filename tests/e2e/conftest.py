@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import analyze
 import evaluate
 import sample
 import train
@@ -42,7 +43,8 @@ def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]
 
     def run(script: str, *overrides: str, folder: Path | None = None) -> Path:
         folder = folder or tmp_path / "run"
-        main = {"train.py": train.main, "sample.py": sample.main, "evaluate.py": evaluate.main}[script]
+        mains = {"train.py": train.main, "sample.py": sample.main, "evaluate.py": evaluate.main}
+        main = (mains | {"analyze.py": analyze.main})[script]
         monkeypatch.setattr(sys, "argv", [str(ROOT / script), *overrides, f"hydra.run.dir={folder}"])
         monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
         cli.run(main)

@@ -168,7 +168,7 @@ def test_every_experiment_runs_one_batch(experiment: str, call: Call, photos: Pa
 
 
 def test_help_needs_no_torch_and_lists_every_experiment(command: Run) -> None:
-    for script in ("train.py", "sample.py"):
+    for script in ("train.py", "sample.py", "analyze.py"):
         code = (
             "import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
             "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
