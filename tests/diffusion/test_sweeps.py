@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.slurm import pretend_slurm
+
 ROOT = Path(__file__).resolve().parents[2]
 
 APP = """
@@ -205,52 +207,6 @@ def test_several_tasks_of_submitit_on_this_machine_are_refused(app: Path) -> Non
     assert not (app / "begun").exists()
 
 
-# What the commands of SLURM would do on one machine: submitit writes the script, srun sets the variables.
-SBATCH = """#!{python}
-import os, re, subprocess, sys
-script = sys.argv[-1]
-asked = dict(re.findall(r"#SBATCH --([a-z-]+)=(\\S+)", open(script).read()))
-for index in range(int(asked["array"].partition("-")[2].partition("%")[0]) + 1):
-    tasks, nodes = int(asked["ntasks-per-node"]), int(asked["nodes"])
-    env = dict(os.environ, SLURM_JOB_ID=str({job} + index), SLURM_ARRAY_JOB_ID="{job}", SLURM_ARRAY_TASK_ID=str(index))
-    env |= dict(SLURM_JOB_NAME=asked["job-name"], SLURM_NTASKS_PER_NODE=str(tasks), SLURM_NNODES=str(nodes))
-    env |= dict(SLURM_NTASKS=str(tasks * nodes), SLURM_JOB_NUM_NODES=str(nodes), SLURM_NODELIST="127.0.0.1")
-    out = open(os.devnull, "w")
-    subprocess.Popen(["bash", script], env=env, stdout=out, stderr=out, start_new_session=True)
-print("Submitted batch job {job}")
-"""
-SRUN = """#!{python}
-import os, subprocess, sys
-words, files = sys.argv[1:], {{}}
-while words[0].startswith("--"):
-    word = words.pop(0)
-    if word in ("--output", "--error"):
-        files[word] = words.pop(0)
-array = os.environ["SLURM_ARRAY_JOB_ID"] + "_" + os.environ["SLURM_ARRAY_TASK_ID"]
-tasks = int(os.environ["SLURM_NTASKS_PER_NODE"])
-started = []
-for rank in range(int(os.environ["SLURM_NTASKS"])):
-    env = dict(os.environ, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank % tasks), SLURM_NODEID=str(rank // tasks))
-    out, err = (open(files[f].replace("%A_%a", array).replace("%t", str(rank)), "w") for f in ("--output", "--error"))
-    started.append(subprocess.Popen(words, env=env, stdout=out, stderr=err))
-sys.exit(max(process.wait() for process in started))
-"""
-SACCT = """#!/bin/sh
-echo "JobID|State|NodeList"
-"""
-
-
-def pretend_slurm(folder: Path) -> str:
-    """Makes sbatch, srun and sacct, and returns a PATH that finds them."""
-    folder.mkdir()
-    for name, text in {"sbatch": SBATCH, "srun": SRUN, "sacct": SACCT}.items():
-        job = 10_000 + os.getpid() % 50_000
-        path = folder / name
-        path.write_text(text.format(python=sys.executable, job=job) if "{python}" in text else text)
-        path.chmod(0o755)
-    return f"{folder}{os.pathsep}{os.environ['PATH']}"
-
-
 def test_tasks_of_submitit_under_slurm_are_the_ranks(app: Path) -> None:
     slurm = ["hydra/launcher=submitit_slurm", "hydra.launcher.tasks_per_node=2", "trainer.devices=2", "module.x=0,1"]
     path = pretend_slurm(app / "bin")
@@ -265,7 +221,7 @@ def test_tasks_of_submitit_under_slurm_are_the_ranks(app: Path) -> None:
 
 
 def test_other_numbers_of_tasks_than_devices_are_refused(app: Path) -> None:
-    slurm = ["hydra/launcher=submitit_slurm", "hydra.launcher.tasks_per_node=2", "module.x=0"]
+    slurm = ["hydra/launcher=submitit_slurm", "hydra.launcher.tasks_per_node=2", "module.x=0,1"]
     said = run(app, *slurm, fails=True, PATH=pretend_slurm(app / "bin"))
     assert "trainer.devices=2" in said
     assert not (app / "begun").exists()
