@@ -181,7 +181,9 @@ def _outside(folder: Path) -> Any:
         sys.exit(code if code > 0 else 128 + told)
     if code != 0:
         raise AntherError(_what_happened(ends, code, folder))
-    return json.loads((ends / "0.json").read_text())["value"]
+    value = json.loads((ends / "0.json").read_text())["value"]
+    shutil.rmtree(ends, ignore_errors=True)
+    return value
 
 
 def _wait(process: subprocess.Popen[bytes]) -> tuple[int, int | None]:

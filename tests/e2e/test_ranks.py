@@ -100,13 +100,7 @@ def test_every_rank_of_a_trial_has_its_values(tmp_path: Path) -> None:
         ["-m", *TINY, *search, kept, "optimizer.lr=interval(1e-4,1e-2)", f"hydra.sweep.dir={tmp_path}/${{now:%f}}"]
     )
     sweep = one_sweep(tmp_path)
-    assert {path.name for path in sweep.iterdir()} == {
-        "0",
-        "1",
-        "multirun.yaml",
-        "study.db",
-        "optimization_results.yaml",
-    }
+    assert {path.name for path in sweep.iterdir()} == {"0", "1", "study.db", "optimization_results.yaml"}
     import optuna
 
     trials = optuna.load_study(study_name=None, storage=f"sqlite:///{sweep}/study.db").trials
