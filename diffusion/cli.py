@@ -30,6 +30,8 @@ def run(main: Callable[[], Any], several: bool = False) -> None:
         main: composes the config and hands the job over; rank 0 alone runs it.
         several: whether it may be started as several ranks; the others then do what rank 0 says.
     """
+    if several and ranks.is_of_torchrun():
+        ranks.end_with_parent()  # torchrun ends its processes, but not if it is killed
     if several and ranks.is_follower():
         main = ranks.follow
     before = os.environ.get("HYDRA_FULL_ERROR")

@@ -230,7 +230,7 @@ def _what_happened(ends: Path, code: int, folder: Path) -> str:
 
 def main() -> None:
     """A process of a job that nobody else started: rank 0 by `_outside`, the others by Lightning."""
-    _end_with_parent()
+    end_with_parent()
     from diffusion import cli
 
     task = Path(os.environ[FILE]).read_text()
@@ -252,7 +252,7 @@ def main() -> None:
     sys.exit("error" in end)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """No rank outlives the process that started it, even if that one was killed."""
     parent = os.getppid()
 
@@ -265,6 +265,11 @@ def _end_with_parent() -> None:
 
 
 # torchrun and srun ----------------------------------------------------------------------------------------------------
+
+
+def is_of_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return _launcher() == "RANK"
 
 
 def is_follower() -> bool:

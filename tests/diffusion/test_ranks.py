@@ -71,10 +71,9 @@ def test_what_a_rank_died_of_is_said_and_nobody_is_left(job: str, says: str, tmp
 COMMAND = """
 import sys
 from pathlib import Path
-from diffusion import ranks
+from diffusion import cli, ranks
 folder = Path(sys.argv[1])
-(folder / ".hydra").mkdir()
-ranks.Leader().run("tests.diffusion.rank_jobs.waits", {"trainer": {"devices": 2}}, folder)
+cli.run(lambda: ranks.leader.run("tests.diffusion.rank_jobs.waits", {"trainer": {"devices": 2}}, folder))
 """
 
 
@@ -95,6 +94,27 @@ def test_a_signal_reaches_every_rank(number: signal.Signals, tmp_path: Path) -> 
     else:
         assert status == -signal.SIGKILL
         assert stopped == set()  # nobody could tell them; they saw that they were alone
+
+
+AGENT = """
+import os, subprocess, sys, time
+own = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+wait = "import time; from diffusion import cli; cli.run(lambda: print('begun', flush=True) or time.sleep(600), True)"
+process = subprocess.Popen([sys.executable, "-c", wait], env={**os.environ, **own}, stdout=subprocess.PIPE)
+process.stdout.readline()
+print(process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_processes_of_torchrun_do_not_outlive_it() -> None:
+    agent = subprocess.Popen([sys.executable, "-c", AGENT], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert agent.stdout is not None
+    rank = psutil.Process(int(agent.stdout.readline()))
+    assert rank.is_running()
+    agent.kill()
+    agent.wait()
+    assert psutil.wait_procs([rank], timeout=30)[1] == []
 
 
 def test_the_log_of_the_run_is_hydras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

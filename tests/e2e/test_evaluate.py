@@ -261,9 +261,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(ranks: list[str], trained: Path,
     else:
         process.send_signal(signal.SIGKILL)
     killed = time.monotonic()
-    _, err = process.communicate(timeout=120)
-    assert time.monotonic() - killed < 60
-    assert psutil.wait_procs(everybody, timeout=20)[1] == []
+    _, err = process.communicate(timeout=300)
+    assert time.monotonic() - killed < 120
+    assert psutil.wait_procs(everybody, timeout=60)[1] == []
     if ranks:
         assert process.returncode == 1
         assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1, err
@@ -282,7 +282,7 @@ def test_three_ranks_make_the_same_files_and_the_same_numbers(trained: Path, eva
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     words = [*torchrun, "evaluate.py", f"ckpt={trained}", *QUICK, *RANKS, f"hydra.run.dir={folder}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert contents(folder) == contents(evaluated)
     assert metrics(folder) == metrics(evaluated)

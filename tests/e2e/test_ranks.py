@@ -39,7 +39,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def check(processes: list[subprocess.Popen[str]]) -> None:
-    results = [process.communicate(timeout=280) for process in processes]
+    results = [process.communicate(timeout=900) for process in processes]
     for process, (out, err) in zip(processes, results, strict=True):
         assert process.returncode == 0, out + err
 
@@ -119,7 +119,7 @@ def test_a_failed_job_does_not_end_a_sweep_of_torchrun(tmp_path: Path) -> None:
     words = ["-m", *TINY, "optimizer.lr=1e-4,-1,1e-2", f"hydra.sweep.dir={tmp_path}/${{now:%f}}"]
     torchrun = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "train.py"]
     process = _popen([*torchrun, *words], environment())
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=900)
     assert process.returncode != 0, out + err
     sweep = one_sweep(tmp_path)
     assert rates(sweep, "02") == [1e-4, 1e-2]
@@ -202,7 +202,7 @@ def ranks_of(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
 def kill_a_rank(words: list[str], rank: int, when: Callable[[], bool]) -> str:
     """Kills one rank of a command, sees to it that it ends soon, with nobody left, and returns what it said."""
     process = _popen([sys.executable, *words], environment())
-    until = time.monotonic() + 300
+    until = time.monotonic() + 900
     while not when():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < until
@@ -210,10 +210,10 @@ def kill_a_rank(words: list[str], rank: int, when: Callable[[], bool]) -> str:
     ranks = ranks_of(process)
     ranks[rank].send_signal(signal.SIGKILL)
     killed = time.monotonic()
-    out, err = process.communicate(timeout=120)
-    assert time.monotonic() - killed < 60
+    out, err = process.communicate(timeout=300)
+    assert time.monotonic() - killed < 120
     assert process.returncode == 1, out + err
-    assert psutil.wait_procs(list(ranks.values()), timeout=20)[1] == []
+    assert psutil.wait_procs(list(ranks.values()), timeout=60)[1] == []
     (sentence,) = [line for line in err.splitlines() if line.startswith("error: ")]
     return sentence
 
@@ -251,7 +251,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_fault_of_rank_0_ends_the_others(tmp_path: Path) -> None:
     torchrun = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
     words = [*torchrun, "train.py", *TINY, "network=nothing", f"hydra.run.dir={tmp_path / 'run'}"]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode != 0
     assert done.stderr.count("error: ") >= 1
     assert not list(tmp_path.rglob("*.ckpt"))
