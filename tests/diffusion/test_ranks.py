@@ -26,7 +26,7 @@ def _nobody_started_this(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(job: str, folder: Path, **config: Any) -> Any:
-    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
     return ranks.Leader().run(f"tests.diffusion.rank_jobs.{job}", {"trainer": TWO, **config}, folder)
 
 
@@ -66,6 +66,13 @@ def test_what_a_rank_died_of_is_said_and_nobody_is_left(job: str, says: str, tmp
     assert time.monotonic() - started < 60
     if (tmp_path / "pid0").exists():
         assert ended(tmp_path)
+
+
+def test_a_reason_is_that_of_this_time(tmp_path: Path) -> None:
+    with pytest.raises(AntherError, match="bad value"):
+        run("refuses", tmp_path)
+    with pytest.raises(AntherError, match="SIGKILL"):
+        run("is_killed", tmp_path)
 
 
 COMMAND = """
