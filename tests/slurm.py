@@ -30,7 +30,9 @@ tasks = int(os.environ["SLURM_NTASKS_PER_NODE"])
 started = []
 for rank in range(int(os.environ["SLURM_NTASKS"])):
     env = dict(os.environ, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank % tasks), SLURM_NODEID=str(rank // tasks))
-    out, err = (open(files[f].replace("%A_%a", array).replace("%t", str(rank)), "w") for f in ("--output", "--error"))
+    names = [files[f].replace("%A_%a", array).replace("%t", str(rank)) for f in ("--output", "--error")]
+    os.makedirs(os.path.dirname(names[0]), exist_ok=True)  # submitit may not be back from sbatch yet
+    out, err = (open(name, "w") for name in names)
     started.append(subprocess.Popen(words, env=env, stdout=out, stderr=err))
 sys.exit(max(process.wait() for process in started))
 """
