@@ -3,7 +3,6 @@
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -12,12 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from diffusion import cli
 from diffusion.ranks import leader
 
-
-def job(config: dict[str, Any], folder: Path) -> float | None:
-    """What every rank does."""
-    from diffusion.evaluation.run import evaluate
-
-    return evaluate(config, folder)
+JOB = "diffusion.evaluation.run.evaluate"
+"""What every rank does; its module imports torch, which help does not wait for."""
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="evaluate")
@@ -27,11 +22,11 @@ def main(cfg: DictConfig) -> float | None:
     assert isinstance(config, dict)
     hydra_job = HydraConfig.get()
     settings = {str(key): value for key, value in config.items()} | {"overrides": list(hydra_job.overrides.task)}
-    objective: float | None = leader.run(job, settings, Path(hydra_job.runtime.output_dir))
+    objective: float | None = leader.run(JOB, settings, Path(hydra_job.runtime.output_dir))
     return objective
 
 
 if __name__ == "__main__":
     # The model comes from the checkpoint, so what an experiment says here is how its images are evaluated.
     sys.argv = [re.sub("^experiment=", "protocol=", word) for word in sys.argv]
-    cli.run(main, job)
+    cli.run(main, several=True)

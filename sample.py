@@ -1,7 +1,6 @@
 """Draws images from a checkpoint: `python sample.py ckpt=... prompts='[a red rose]'`; `--help` says more."""
 
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -10,12 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from diffusion import cli
 from diffusion.ranks import leader
 
-
-def job(config: dict[str, Any], folder: Path) -> None:
-    """What every rank does."""
-    from diffusion.drawing import draw
-
-    draw(config, folder)
+JOB = "diffusion.drawing.draw"
+"""What is done; its module imports torch, which help does not wait for."""
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="sample")
@@ -23,8 +18,8 @@ def main(cfg: DictConfig) -> None:
     """Composes and draws."""
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert isinstance(config, dict)
-    leader.run(job, {str(key): value for key, value in config.items()}, Path(HydraConfig.get().runtime.output_dir))
+    leader.run(JOB, {str(key): value for key, value in config.items()}, Path(HydraConfig.get().runtime.output_dir))
 
 
 if __name__ == "__main__":
-    cli.run(main, job)
+    cli.run(main, several=True)

@@ -1,7 +1,6 @@
 """Trains what a config describes: `python train.py experiment=flowers`; `--help` says more."""
 
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -10,13 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from diffusion import cli
 from diffusion.ranks import leader
 
-
-def job(config: dict[str, Any], folder: Path) -> float:
-    """What every rank does."""
-    # Only now torch and lightning: help, --cfg and a finished run do not wait for them.
-    from diffusion.training import train
-
-    return train(config, folder)
+JOB = "diffusion.training.train"
+"""What every rank does; its module imports torch, which help, --cfg and a finished run do not wait for."""
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="train")
@@ -25,11 +19,11 @@ def main(cfg: DictConfig) -> float:
     folder = Path(HydraConfig.get().runtime.output_dir)
     config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert isinstance(config, dict)
-    if (objective := cli.read_result(folder, config["trainer"])) is not None:
+    settings = {str(key): value for key, value in config.items()}
+    if (objective := cli.read_result(folder, settings)) is not None:
         return objective
-    objective = leader.run(job, {str(key): value for key, value in config.items()}, folder)
-    return float(objective)
+    return float(leader.run(JOB, settings, folder))
 
 
 if __name__ == "__main__":
-    cli.run(main, job)
+    cli.run(main, several=True)

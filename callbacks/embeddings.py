@@ -24,7 +24,7 @@ class BottleneckEmbeddings(Callback):
     `samples` draws images and takes the layer's output in the sampler's last step, that is for the image with the
     least noise; `val` takes the validation images at the least noise, t = 1 / T. The file `step-000400.npz` holds
     `ids`, `embeddings` (row i is of the image ids[i]) and, for samples, `prompts`, `weights` and `seeds`; the drawn
-    images lie beside it as `step-000400/<id>.png`. Rank 0 draws alone; validation images are those of rank 0.
+    images lie beside it as `step-000400/<id>.png`. Rank 0 draws alone; validation images are those of all ranks.
 
     Args:
         dirpath: folder of the files.
@@ -94,9 +94,13 @@ class BottleneckEmbeddings(Callback):
             return
         path = self.dirpath / f"step-{trainer.global_step:06d}.npz"
         if self.source == "val":
-            names = trainer.datamodule.table.names  # type: ignore[attr-defined]
-            rows, self._rows = self._rows, {}
-            save_embeddings(path, [names[i] for i in rows], torch.stack(list(rows.values())))
+            index, rows = _gathered(self._rows, pl_module)
+            self._rows = {}
+            if trainer.is_global_zero:
+                names = trainer.datamodule.table.names  # type: ignore[attr-defined]
+                save_embeddings(path, [names[i] for i in index], rows)
+            return
+        if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, Diffusion)
         wanted = cells(pl_module, self.prompts, self.weights, self.per_prompt, self.seed)
@@ -115,5 +119,23 @@ class BottleneckEmbeddings(Callback):
         save_embeddings(path, ids, torch.cat(rows_drawn), extra)
 
     def _due(self, trainer: Trainer) -> bool:
-        on = not trainer.sanity_checking and trainer.is_global_zero
-        return on and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        return not trainer.sanity_checking and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
+
+def _gathered(own: Mapping[int, Tensor], module: LightningModule) -> tuple[list[int], Tensor]:
+    """The rows of all ranks, in the order of the table: their numbers, and the rows on the CPU."""
+    index, rows = torch.tensor(list(own)), torch.stack(list(own.values()))
+    # Ranks may have one more or one less, and only equal shapes can be gathered.
+    counts = module.all_gather(torch.tensor(len(index), device=module.device))
+    assert isinstance(counts, Tensor)
+    most, world = int(counts.max()), counts.numel()
+    padded = rows.new_zeros(most, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    numbers = torch.full((most,), -1).index_copy(0, torch.arange(len(index)), index)
+    everything = module.all_gather(padded.to(module.device))
+    which = module.all_gather(numbers.to(module.device))
+    assert isinstance(everything, Tensor)
+    assert isinstance(which, Tensor)
+    which, everything = which.view(-1).cpu(), everything.view(most * world, *rows.shape[1:]).cpu()
+    order = which.argsort()[(which < 0).sum() :]
+    return which[order].tolist(), everything[order]

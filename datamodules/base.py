@@ -505,7 +505,11 @@ class ImageDataModule(LightningDataModule, ABC):
         return self._loader(view, sampler, self.batch_size, self.drop_last)
 
     def val_dataloader(self) -> EpochLoader:
-        """In order, not augmented; each rank takes `rows[rank::world]`, nothing is repeated."""
+        """In order, not augmented; each rank takes `rows[rank::world]`, nothing is repeated.
+
+        Raises:
+            AntherError: fewer images than processes.
+        """
         return self._in_order("val")
 
     def test_dataloader(self) -> EpochLoader:
@@ -513,9 +517,15 @@ class ImageDataModule(LightningDataModule, ABC):
         return self._in_order("test" if "test" in self.splits else "val")
 
     def _in_order(self, split: str) -> EpochLoader:
-        rows = self.splits[split]
+        rows, (rank, world) = self.splits[split], self._rank()
+        if len(rows) < world:
+            # A process without an image would not come to the sums that the others wait for.
+            raise AntherError(
+                f"{len(rows)} images of the split {split} are too few for {world} processes: set fewer "
+                "trainer.devices, or a larger part in data.split."
+            )
         view = TableView(self.table, rows, self.image_shape[1])
-        return self._loader(view, EpochSampler(len(rows), None, *self._rank()), self.val_batch_size, drop_last=False)
+        return self._loader(view, EpochSampler(len(rows), None, rank, world), self.val_batch_size, drop_last=False)
 
     def _loader(self, view: TableView, sampler: EpochSampler, batch_size: int, drop_last: bool) -> EpochLoader:
         return EpochLoader(

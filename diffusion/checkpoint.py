@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from diffusion.build import build
+from diffusion.differences import differences
 from diffusion.errors import AntherError
 from diffusion.guidance import Guidance
 from diffusion.modules.diffusion import Diffusion
@@ -61,22 +62,6 @@ def check_fits(checkpoint: Mapping[str, Any], config: Mapping[str, Any], path: P
         )
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Says where two nested records differ, naming four settings at most; empty where they do not.
-
-    A setting that is absent is one that is None.
-    """
-    old, new = dict(_flat("", there)), dict(_flat("", here))
-    different = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    shown = ", ".join(f"{key} = {_short(old.get(key))} there and {_short(new.get(key))} here" for key in different[:4])
-    return shown + (f" and {len(different) - 4} more" if len(different) > 4 else "")
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:60]} ... ({len(text)} characters)"
-
-
 def _model(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that make one model another."""
     module = config["module"]
@@ -86,14 +71,6 @@ def _model(config: Mapping[str, Any]) -> dict[str, Any]:
     # These change what is learnt, not what the weights mean.
     parts["denoiser"] = {k: v for k, v in parts.get("denoiser", {}).items() if k not in ("loss", "weighting")}
     return {"module": parts}
-
-
-def _flat(name: str, node: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _flat(f"{name}.{key}" if name else str(key), value)
-    else:
-        yield name, node
 
 
 def load_model(path: Path | str, config: Mapping[str, Any] | None = None) -> Diffusion:

@@ -5,41 +5,50 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffusion import ranks
+from diffusion import ranks, sweeps
 from diffusion.errors import AntherError
 from diffusion.files import atomic
 
 RESULT = "result.json"
 
+# What others call this and do otherwise.
+UNSUPPORTED = ("trainer/fsdp", "trainer/deepspeed", "trainer/ddp_spawn")
+
 # Faults of the folder of a run, which Hydra makes before we are asked.
 FOLDER_FAULTS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 
 
-def run(main: Callable[[], Any], job: ranks.Job | None = None) -> None:
+def run(main: Callable[[], Any], several: bool = False) -> None:
     """Runs an entry point; a fault that the user can mend ends it with one sentence and status 1.
 
     With HYDRA_FULL_ERROR=1 in the environment the whole trace is shown instead.
 
     Args:
         main: composes the config and hands the job over; rank 0 alone runs it.
-        job: what the other ranks do; None for commands of one process.
+        several: whether it may be started as several ranks; the others then do what rank 0 says.
     """
-    if job is not None and ranks.is_follower():
-        main = partial(ranks.follow, job)
+    if several and ranks.is_of_torchrun():
+        ranks.end_with_parent()  # torchrun ends its processes, but not if it is killed
+    if several and ranks.is_follower():
+        main = ranks.follow
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print the trace itself and end the process
     try:
         main()
     except Exception as error:
-        message = None if before == "1" else _sentence(error)
+        message = None if before == "1" else sentence(error)
+        if sweeps.report_failures():
+            sys.exit(1)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
+    else:
+        if sweeps.report_failures():
+            sys.exit(1)
     finally:
         ranks.leader.end()
         os.environ.pop("HYDRA_FULL_ERROR")
@@ -47,9 +56,9 @@ def run(main: Callable[[], Any], job: ranks.Job | None = None) -> None:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
-def _sentence(error: BaseException) -> str | None:
+def sentence(error: BaseException) -> str | None:
     """What to tell the user, or None for a fault that is ours."""
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
 
     chain = list(_causes(error))
@@ -57,8 +66,14 @@ def _sentence(error: BaseException) -> str | None:
         if isinstance(cause, AntherError):
             return str(cause)
     for cause in chain:
+        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file in UNSUPPORTED:
+            return f"{str(cause.missing_cfg_file).replace('/', '=')} is not supported: {ranks.UNSUPPORTED}."
         if isinstance(cause, HydraException | OmegaConfBaseException):
             return " ".join(str(cause).split())
+        if ranks.is_lost(cause):
+            return "another process of this run has ended: its own output says why."
+        if type(cause).__module__.startswith("submitit."):
+            return f"submitit has no result of a job: {' '.join(str(cause).split())}"
     for cause in chain:
         if isinstance(cause, OSError) and cause.errno in FOLDER_FAULTS:
             return f"cannot write {cause.filename}: {cause.strerror}; free it or choose another hydra.run.dir."
@@ -73,17 +88,19 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def read_result(folder: Path, trainer: Mapping[str, Any]) -> float | None:
+def read_result(folder: Path, config: Mapping[str, Any]) -> float | None:
     """The objective of a run that has nothing left to do, else None.
 
     Args:
         folder: of the run.
-        trainer: its config; a run is finished when it made the steps or epochs that are asked for now.
+        config: resolved; a run is finished when it made the steps or epochs that its trainer is asked for now.
 
     Raises:
-        AntherError: the record cannot be read.
+        AntherError: the record cannot be read, or belongs to a run with other settings.
     """
-    path = folder / RESULT
+    path, trainer = folder / RESULT, config["trainer"]
+    if sweeps.in_sweep() and (found := ranks.changed(folder, config)):
+        raise AntherError(f"{folder} is a job with other settings: {found}; choose another hydra.sweep.dir.")
     if not path.exists():
         return None
     try:
@@ -96,6 +113,8 @@ def read_result(folder: Path, trainer: Mapping[str, Any]) -> float | None:
     by_epochs = wanted_epochs is not None and 0 <= wanted_epochs <= epochs
     if not (by_steps or by_epochs):
         return None
+    if found := ranks.changed(folder, config):
+        raise AntherError(f"{folder} is finished, with other settings: {found}; choose another hydra.run.dir.")
     print(
         f"{folder} is finished: {steps} steps, {epochs} epochs, {record['metric']} = {objective:.4g}. To train longer "
         "raise trainer.max_steps or trainer.max_epochs; to train anew choose another hydra.run.dir."

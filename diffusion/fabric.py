@@ -1,12 +1,14 @@
 """Devices for work that is not training: the trainer's settings, without the trainer."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from lightning import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from diffusion.errors import AntherError
+
+T = TypeVar("T")
 
 # The rest of the trainer group speaks of training alone.
 _USED = ("accelerator", "devices", "num_nodes", "strategy", "precision")
@@ -23,6 +25,8 @@ def make_fabric(trainer: Mapping[str, Any], **instead: Any) -> Fabric:
         AntherError: this machine does not have what the config asks for.
     """
     settings = {key: trainer[key] for key in _USED if key in trainer} | instead
+    if isinstance(settings.get("strategy"), Mapping):
+        settings["strategy"] = "ddp"  # its options are about gradients
     try:
         return Fabric(**settings)
     except (ImportError, RuntimeError, ValueError, MisconfigurationException) as error:
@@ -32,3 +36,30 @@ def make_fabric(trainer: Mapping[str, Any], **instead: Any) -> Fabric:
             f"strategy {settings.get('strategy')} and precision {settings.get('precision')} does not run here "
             f"({reason}): set trainer=cpu, or what this machine has."
         ) from error
+
+
+def on_rank_zero(fabric: Fabric, work: Callable[[], T]) -> T | None:
+    """Lets rank 0 do something while the others wait, and its fault be one of all: nobody waits for a rank that left.
+
+    Args:
+        fabric: launched.
+        work: what rank 0 does.
+
+    Returns:
+        Its result on rank 0, None on the others.
+
+    Raises:
+        AntherError: on every rank; what else rank 0 raises stays its own there.
+    """
+    result, fault = None, None
+    if fabric.is_global_zero:
+        try:
+            result = work()
+        except Exception as error:
+            fault = error
+    said = fabric.broadcast(None if fault is None else str(fault))
+    if fault is not None:
+        raise fault
+    if said is not None:
+        raise AntherError(f"rank 0: {said}")
+    return result

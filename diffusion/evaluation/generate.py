@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from diffusion.checkpoint import differences
 from diffusion.curation import records
+from diffusion.differences import differences
 from diffusion.errors import AntherError
 from diffusion.evaluation import embeddings
 from diffusion.evaluation.embeddings import Embedding, capture, sample_embedded, save_embeddings

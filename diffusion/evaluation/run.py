@@ -21,7 +21,7 @@ from diffusion.evaluation.prompts import labels_of, read_prompts
 from diffusion.evaluation.report import print_metrics, read_metrics, split_key, write_metrics, write_report
 from diffusion.evaluation.scoring import Scorers
 from diffusion.evaluation.subject import Subject, load_data, load_subject
-from diffusion.fabric import make_fabric
+from diffusion.fabric import make_fabric, on_rank_zero
 from diffusion.files import sha256
 from diffusion.images import from_uint8, read_pngs
 from diffusion.samplers import Sampler
@@ -50,12 +50,15 @@ def evaluate(config: Mapping[str, Any], folder: Path) -> float | None:
     datamodule = load_data(subject.config, **config["data"]) if _needs_data(config, subject) else None
     plan = make_plan(config, subject, datamodule)
     check(subject.model, plan)
-    # Weights and statistics come first: hours of drawing must not end in a file that is missing.
-    scorers = Scorers(config, subject, datamodule, str(fabric.device)) if fabric.is_global_zero else None
-    if scorers is not None:
+
+    def prepare() -> Scorers:
+        # Weights and statistics come first: hours of drawing must not end in a file that is missing.
+        scorers = Scorers(config, subject, datamodule, str(fabric.device))
         claim(folder, protocol(plan))
         _announce(subject, plan, scorers, folder)
-    fabric.barrier()
+        return scorers
+
+    scorers = on_rank_zero(fabric, prepare)
     made = generate(subject.model, plan, folder, fabric.global_rank, fabric.world_size, fabric.autocast)
     fabric.barrier()
     if scorers is None:

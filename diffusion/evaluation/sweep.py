@@ -19,6 +19,7 @@ from diffusion.evaluation.plots import BLUE, DPI, GREY, MARKERS, number, save, s
 from diffusion.evaluation.report import Key, read_metrics, split_key
 from diffusion.evaluation.results import natural, run_folders
 from diffusion.files import atomic
+from diffusion.sweeps import failure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -132,7 +133,8 @@ def read_sweep(folder: Path, planned: Sequence[Sequence[str]] = ()) -> Sweep:
             jobs.append(Job(run, overrides, read_metrics(run)[1]))
         except AntherError:
             there = (run / "metrics.json").exists()
-            jobs.append(Job(run, overrides, None, "metrics.json is damaged" if there else "failed or not finished"))
+            why = failure(run) or ("metrics.json is damaged" if there else "not finished")
+            jobs.append(Job(run, overrides, None, why))
     ran = [job.overrides for job in jobs]
     jobs += [Job(folder, _overrides(p), None, "never begun") for p in planned if _overrides(p) not in ran]
     known = [job.overrides for job in jobs if job.overrides]

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from diffusion.errors import AntherError
+from diffusion.modules.epoch_mean import epoch_mean
 from diffusion.networks.classifier import LeNet
 
 Loss = Literal["cross_entropy", "focal"]
@@ -61,6 +62,7 @@ class Classification(lightning.LightningModule):
         self.loss, self.gamma = loss, gamma
         # The resolved config of the run; the entry point sets it, checkpoints carry it.
         self.config: dict[str, Any] = {}
+        self.val_loss, self.val_accuracy = epoch_mean(), epoch_mean()
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
 
@@ -108,11 +110,9 @@ class Classification(lightning.LightningModule):
         """Loss and accuracy of a batch."""
         labels = batch["label"]
         logits = self.network(batch["image"])
-        values = {
-            "val/loss": self.losses(logits, labels).mean(),
-            "val/accuracy": (logits.argmax(1) == labels).float().mean(),
-        }
-        self.log_dict(values, prog_bar=True, batch_size=len(labels), sync_dist=True)
+        self.val_loss.update(self.losses(logits, labels))
+        self.val_accuracy.update((logits.argmax(1) == labels).float())
+        self.log_dict({"val/loss": self.val_loss, "val/accuracy": self.val_accuracy}, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
         """What the config chose."""

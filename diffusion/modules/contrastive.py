@@ -13,6 +13,7 @@ from torch import Tensor
 from diffusion.errors import AntherError
 from diffusion.files import atomic
 from diffusion.images import from_uint8
+from diffusion.modules.epoch_mean import epoch_mean
 
 # Images reach the model as they are in a batch, in [-1, 1].
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -77,6 +78,7 @@ class Contrastive(lightning.LightningModule):
         self.name, self.file_name = name, file_name
         # The resolved config of the run; the entry point sets it, checkpoints carry it.
         self.config: dict[str, Any] = {}
+        self.val_loss, self.val_retrieval = epoch_mean(), epoch_mean()
         self._tokens = torch.zeros(0, 0, dtype=torch.int64)
         self._caption = torch.zeros(0, dtype=torch.int64)
 
@@ -136,9 +138,9 @@ class Contrastive(lightning.LightningModule):
         """Loss and retrieval of a batch."""
         image, text, position = self._embed(batch)
         hits = (image @ text.T).argmax(1) == position
-        size = len(batch["index"])
-        self.log("val/loss", self._loss(image, text, position), prog_bar=True, batch_size=size, sync_dist=True)
-        self.log("val/retrieval", hits.float().mean(), prog_bar=True, batch_size=size, sync_dist=True)
+        self.val_loss.update(self._loss(image, text, position), len(hits))
+        self.val_retrieval.update(hits.float())
+        self.log_dict({"val/loss": self.val_loss, "val/retrieval": self.val_retrieval}, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW with betas 0.9 and 0.98, stepped by a warm-up and a cosine over the whole fit."""

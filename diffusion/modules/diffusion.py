@@ -12,6 +12,7 @@ from diffusion.conditioning.base import Conditioner
 from diffusion.denoiser import Denoiser, Predictor
 from diffusion.errors import AntherError
 from diffusion.guidance import AutoGuidance, ClassifierFree, Guidance
+from diffusion.modules.epoch_mean import epoch_mean
 from diffusion.rng import ImageRNG, generator
 from diffusion.samplers import Hook, Sampler
 
@@ -119,6 +120,7 @@ class Diffusion(lightning.LightningModule):
             str, Any
         ] = {}  # the resolved config of the run; the entry point sets it, checkpoints carry it
         self.validated_at = -1  # optimizer steps at the end of the last validation
+        self.val_loss = epoch_mean()
         self.last_losses: dict[str, Tensor] = {}  # of the last batch: t (B,) and loss (B,), for callbacks
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
@@ -191,15 +193,8 @@ class Diffusion(lightning.LightningModule):
         """Loss over a fixed grid of (t, noise)."""
         t, losses = self.validation_losses(batch)
         self.last_losses = {"t": t, "loss": losses}
-        self.log(
-            "val/loss",
-            losses.mean(),
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            batch_size=len(batch["image"]),
-            sync_dist=True,
-        )
+        self.val_loss.update(losses)
+        self.log("val/loss", self.val_loss, prog_bar=True)
 
     def validation_losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Times and losses of a batch of B images, each at its own K times with its own noise: two tensors (K B,)."""

@@ -24,7 +24,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def command(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs `python SCRIPT OVERRIDES...` in the project's folder and returns what it printed."""
 
-    def run(script: str, *overrides: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(script: str, *overrides: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, script, *overrides],
             cwd=ROOT,

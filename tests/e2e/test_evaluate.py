@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from hydra import initialize_config_dir
@@ -46,6 +47,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     """What must be the same in any way to the same images; metrics.json knows when it was made."""
     files = [*sorted((folder / "images").iterdir()), folder / "records.parquet", folder / "embeddings.npy"]
     return {path.name: path.read_bytes() for path in files}
+
+
+def metrics(folder: Path) -> dict[str, object]:
+    """All of metrics.json but when it was made, and how long that took."""
+    document = json.loads((folder / "metrics.json").read_text())
+    del document["run"]["made"], document["run"]["seconds"]
+    return dict(document)
 
 
 @pytest.fixture(scope="module")
@@ -240,32 +248,78 @@ def test_a_folder_keeps_to_its_settings(evaluated: Path, trained: Path, refused:
     assert contents(evaluated) == before
 
 
+LONG = [*QUICK, "sampler.steps=60", "num_images=30"]
+RANKS = ["trainer=ddp_sim", "trainer.devices=3"]
+
+
+@pytest.fixture(scope="module")
+def whole(trained: Path, command: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A long evaluation in one process that nobody interrupts."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = command("evaluate.py", f"ckpt={trained}", *LONG, f"hydra.run.dir={folder}")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_bytes(trained: Path, evaluated: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [[], RANKS], ids=["one process", "a rank of three"])
+def test_a_killed_run_goes_on_to_the_same_bytes(ranks: list[str], trained: Path, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
-    words = [sys.executable, "evaluate.py", f"ckpt={trained}", *QUICK, "sampler.steps=60", "num_images=30"]
+    words = [sys.executable, "evaluate.py", f"ckpt={trained}", *LONG, *ranks, f"hydra.run.dir={folder}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole = tmp_path / "whole"
-    subprocess.run([*words, f"hydra.run.dir={whole}"], cwd=ROOT, env=environment, check=True, capture_output=True)
-    process = subprocess.Popen([*words, f"hydra.run.dir={folder}"], cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
     while process.poll() is None and len(list(folder.glob("parts/*.npz"))) < 3:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    everybody = psutil.Process(process.pid).children(recursive=True)
+    if ranks:
+        # The last one, which no other waits for before all have drawn.
+        (victim,) = [child for child in everybody if child.environ().get("LOCAL_RANK") == "2"]
+        victim.send_signal(signal.SIGKILL)
+    else:
+        process.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    _, err = process.communicate(timeout=300)
+    assert time.monotonic() - killed < 120
+    assert psutil.wait_procs(everybody, timeout=60)[1] == []
+    if ranks:
+        assert process.returncode == 1
+        assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1, err
+        assert "the same command goes on" in err
     assert 0 < len(list(folder.glob("images/*.png"))) < 30
     assert not (folder / "records.parquet").exists()
-    subprocess.run([*words, f"hydra.run.dir={folder}"], cwd=ROOT, env=environment, check=True, capture_output=True)
+    subprocess.run(words, cwd=ROOT, env=environment, check=True, capture_output=True)
     assert contents(folder) == contents(whole)
+    assert metrics(folder) == metrics(whole)
 
 
 @pytest.mark.slow
-def test_two_ranks_make_the_same_files_and_the_same_numbers(trained: Path, evaluated: Path, command: Run) -> None:
-    folder = evaluated.parent / "ranks"
-    ranks = ["trainer.accelerator=cpu", "trainer.devices=2"]
-    done = command("evaluate.py", f"ckpt={trained}", *QUICK, *ranks, f"hydra.run.dir={folder}")
+def test_three_ranks_make_the_same_files_and_the_same_numbers(trained: Path, evaluated: Path, tmp_path: Path) -> None:
+    """Three chunks, of three, three and two images."""
+    folder = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    words = [*torchrun, "evaluate.py", f"ckpt={trained}", *QUICK, *RANKS, f"hydra.run.dir={folder}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert contents(folder) == contents(evaluated)
-    assert (folder / "metrics.csv").read_bytes() == (evaluated / "metrics.csv").read_bytes()
+    assert metrics(folder) == metrics(evaluated)
+
+
+@pytest.mark.slow
+def test_a_sweep_on_two_ranks_has_each_jobs_weight(
+    trained: Path, evaluated: Path, command: Run, tmp_path: Path
+) -> None:
+    words = [*QUICK, "guidance.weight=1,0", "trainer=ddp_sim", f"hydra.sweep.dir={tmp_path}/${{now:%f}}"]
+    done = command("evaluate.py", "-m", f"ckpt={trained}", *words, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (sweep,) = tmp_path.iterdir()
+    # Two chunks are rank 0's and one is rank 1's; that of another weight would be another picture.
+    assert contents(sweep / "0") == contents(evaluated)
+    assert metrics(sweep / "0") == metrics(evaluated)
+    assert contents(sweep / "1")["000003.png"] != contents(evaluated)["000003.png"]
+    assert list(pd.read_csv(sweep / "sweep.csv")["guidance.weight"]) == [0, 1]
+    assert (sweep / "sweep.png").stat().st_size > 0
 
 
 @pytest.mark.slow

@@ -135,7 +135,7 @@ def test_failed_and_damaged_jobs_are_listed(tmp_path, capsys):
     (tmp_path / "3" / "metrics.json").write_text("{")
     report(tmp_path, [["ckpt=a.ckpt", "guidance.weight=2"], ["ckpt=a.ckpt", "guidance.weight=20"]])
     printed = capsys.readouterr().out
-    assert "missing: w = -1: failed or not finished" in printed
+    assert "missing: w = -1: not finished" in printed
     assert "missing: w = 0.5: metrics.json is damaged" in printed
     assert "missing: w = 20: never begun" in printed
     table = rows(tmp_path / "sweep.csv")
@@ -212,7 +212,7 @@ def test_a_sweep_with_a_failed_job_is_reported_too(tmp_path):
     assert done.returncode == 1
     assert "this one fails" in done.stderr
     assert done.stdout.count("best KID: w = 0 with 0.02") == 1
-    assert "missing: w = 2: failed or not finished" in done.stdout
+    assert "missing: w = 2: not finished" in done.stdout
     assert "never begun" not in done.stdout
 
 
