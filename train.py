@@ -5,9 +5,9 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from diffusion import cli
+from diffusion import cli, settings
 from diffusion.ranks import leader
 
 
@@ -23,11 +23,10 @@ def job(config: dict[str, Any], folder: Path) -> float:
 def main(cfg: DictConfig) -> float:
     """Composes, trains, and returns the objective to a sweep."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    assert isinstance(config, dict)
+    config = settings.read(cfg, settings.Train)
     if (objective := cli.read_result(folder, config["trainer"])) is not None:
         return objective
-    objective = leader.run(job, {str(key): value for key, value in config.items()}, folder)
+    objective = leader.run(job, config, folder)
     return float(objective)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from diffusion.build import build
+from diffusion.build import rebuild
 from diffusion.errors import AntherError
 from diffusion.modules.diffusion import Diffusion
 from diffusion.networks.unet import UNet
@@ -137,7 +137,7 @@ def load_model(path: Path | str, config: Mapping[str, Any] | None = None) -> Dif
 def _diffusion(config: Mapping[str, Any], path: Path | str) -> Diffusion:
     if "module" not in config:
         raise AntherError(f"the config for {path} describes no module: give the config of a run of train.py.")
-    module = build(config["module"])
+    module = rebuild(config["module"], "module")
     if not isinstance(module, Diffusion):
         raise AntherError(f"{path} holds a {type(module).__name__}, which draws no images: use a diffusion checkpoint.")
     module.config = dict(config)

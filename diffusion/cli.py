@@ -9,14 +9,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffusion import ranks
+from diffusion import ranks, secrecy
+from diffusion.build import closest
 from diffusion.errors import AntherError
 from diffusion.files import atomic
 
 RESULT = "result.json"
 
 # Faults of the folder of a run, which Hydra makes before we are asked.
-FOLDER_FAULTS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
+FOLDER_FAULTS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 
 
 def run(main: Callable[[], Any], job: ranks.Job | None = None) -> None:
@@ -33,12 +44,13 @@ def run(main: Callable[[], Any], job: ranks.Job | None = None) -> None:
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print the trace itself and end the process
     try:
+        secrecy.check_words(sys.argv[1:])
         main()
     except Exception as error:
         message = None if before == "1" else _sentence(error)
         if message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {secrecy.hidden(message)}", file=sys.stderr)
         sys.exit(1)
     finally:
         ranks.leader.end()
@@ -58,11 +70,45 @@ def _sentence(error: BaseException) -> str | None:
             return str(cause)
     for cause in chain:
         if isinstance(cause, HydraException | OmegaConfBaseException):
-            return " ".join(str(cause).split())
+            return _of_hydra(cause)
     for cause in chain:
         if isinstance(cause, OSError) and cause.errno in FOLDER_FAULTS:
             return f"cannot write {cause.filename}: {cause.strerror}; free it or choose another hydra.run.dir."
     return None
+
+
+def _of_hydra(error: Exception) -> str:
+    """What Hydra and OmegaConf say, in one line, with the key that was perhaps meant."""
+    from hydra.errors import MissingConfigException, OverrideParseException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
+
+    lines = [line.strip() for line in str(error).splitlines()]
+    # The rest is of Hydra's own pages and search paths.
+    useless = ("See https://", "full_key:", "object_type=", "Config search path:", "provider=", "To append to your")
+    text = " ".join(line for line in lines if line and not line.startswith(useless))
+    if isinstance(error, OverrideParseException):
+        return (
+            f"cannot read {error.override!r} ({text}): write KEY=VALUE, and quote it as in 'prompts=[a rose, a lily]'."
+        )
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        return f"there is no {group}/{name}{closest(name, error.options)}: choose {', '.join(error.options)}."
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is not set: give {error.full_key}=…; --help says more."
+    cause = error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None and cause.full_key:
+        parent = cause.full_key.rpartition(".")[0]
+        known = [
+            str(key) for key in (cause.parent_node if OmegaConf.is_dict(cause.parent_node) else ()) if key != "hydra"
+        ]
+        has = f"{parent or 'the config'} has {', '.join(k for k in known if k[:1] != '_') or 'no parts'}"
+        return (
+            f"there is no setting {cause.full_key}{closest(str(cause.key), known)}: {has}; what a part takes beyond "
+            "these is added with +KEY=VALUE."
+        )
+    where = getattr(error, "full_key", None)
+    return f"{where}: {text}" if where else text
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -92,8 +138,8 @@ def read_result(folder: Path, trainer: Mapping[str, Any]) -> float | None:
     except (OSError, ValueError, KeyError) as error:
         raise AntherError(f"{path} is damaged: delete it to go on from the run's last checkpoint.") from error
     wanted_steps, wanted_epochs = trainer.get("max_steps", -1), trainer.get("max_epochs")
-    by_steps = wanted_steps is not None and 0 <= wanted_steps <= steps
-    by_epochs = wanted_epochs is not None and 0 <= wanted_epochs <= epochs
+    by_steps = isinstance(wanted_steps, int) and 0 <= wanted_steps <= steps
+    by_epochs = isinstance(wanted_epochs, int) and 0 <= wanted_epochs <= epochs
     if not (by_steps or by_epochs):
         return None
     print(

@@ -42,7 +42,7 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
     # One device: a few pictures; evaluate.py spreads many over several.
     fabric = make_fabric(config["trainer"], devices=1, num_nodes=1, strategy="auto")
     model = load_model(config["ckpt"]).to(fabric.device)
-    sampler: Sampler = build(config["sampler"])
+    sampler: Sampler = build(config["sampler"], "sampler")
     texts = None if prompts is None else [str(prompt) for prompt in prompts for _ in range(per_prompt)]
     count = per_prompt if texts is None else len(texts)
     seeds = [config["seed"] + k for k in range(count)]

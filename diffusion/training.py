@@ -39,13 +39,14 @@ def train(config: dict[str, Any], folder: Path) -> float:
     check_seed(config["seed"])
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     resume = _resume_from(folder, config)
-    datamodule = build(config["data"])
-    module = build(config["module"])
+    datamodule = build(config["data"], "data")
+    module = build(config["module"], "module")
     module.config = config
     trainer = build(
         config["trainer"],
-        callbacks=_parts(config.get("callbacks")),
-        logger=_parts(config.get("logger")),
+        "trainer",
+        callbacks=_parts(config, "callbacks"),
+        logger=_parts(config, "logger"),
     )
     datamodule.prepare_data()
     datamodule.setup("fit")
@@ -65,9 +66,10 @@ def train(config: dict[str, Any], folder: Path) -> float:
     return objective
 
 
-def _parts(group: Mapping[str, Any] | None) -> list[Any]:
+def _parts(config: Mapping[str, Any], group: str) -> list[Any]:
     """The parts of a group; what an experiment says of a part that the chosen group does not have is left aside."""
-    return [build(node) for node in (group or {}).values() if node and "_target_" in node]
+    nodes = (config.get(group) or {}).items()
+    return [build(node, f"{group}.{name}") for name, node in nodes if node and "_target_" in node]
 
 
 def _resume_from(folder: Path, config: Mapping[str, Any]) -> Path | None:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diffusion.build import build
+from diffusion.build import build, construct
 from diffusion.curation import publish
 from diffusion.curation.export import DATASET, IMAGEFOLDER, export_fiftyone, export_imagefolder
 from diffusion.errors import AntherError
@@ -92,7 +92,7 @@ def make_plan(config: Mapping[str, Any], subject: Subject, datamodule: Any) -> P
     asked = None if model.conditioner is None and config["prompts"] == "classes" else config["prompts"]
     prompts = read_prompts(asked, classes, captions)
     own, chosen = subject.config["module"].get("sampler", {}), config.get("sampler")
-    sampler: Sampler = model.sampler if chosen is None else build(chosen)
+    sampler: Sampler = model.sampler if chosen is None else build(chosen, "sampler")
     weight = config["guidance"]["weight"]
     return Plan(
         prompts=None if prompts is None else tuple(prompts),
@@ -104,7 +104,7 @@ def make_plan(config: Mapping[str, Any], subject: Subject, datamodule: Any) -> P
         sampler_record=dict(own if chosen is None else chosen),
         T=model.denoiser.schedule.T,
         batch_size=config["batch_size"],
-        embedding=None if config["embedding"] is None else Embedding(**config["embedding"]),
+        embedding=None if config["embedding"] is None else construct(Embedding, config["embedding"], "embedding"),
         checkpoint_sha256=subject.sha256,
     )
 
@@ -216,7 +216,7 @@ def _track(config: Mapping[str, Any], folder: Path) -> None:
     from diffusion.evaluation.track import track
     from diffusion.loggers import finish
 
-    if loggers := [build(node) for node in (config["logger"] or {}).values()]:
+    if loggers := [build(node, f"logger.{name}") for name, node in (config["logger"] or {}).items()]:
         track(folder, loggers)
         finish(loggers)
 

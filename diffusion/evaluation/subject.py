@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from diffusion.build import build
+from diffusion.build import rebuild
 from diffusion.checkpoint import load_model, read
 from diffusion.errors import AntherError
 from diffusion.files import sha256
@@ -104,7 +104,7 @@ def described(name: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _build_data(described_by: str) -> Any:
-    datamodule = build(json.loads(described_by))
+    datamodule = rebuild(json.loads(described_by), "data")
     datamodule.prepare_data()
     datamodule.setup()
     return datamodule
