@@ -92,6 +92,9 @@ class FolderImages(ImageDataModule):
             raise AntherError(f"data.short_side={short_side} is less than data.size={size}; make it equal or larger.")
         if on_corrupt not in ("refuse", "skip"):
             raise AntherError(f"data.on_corrupt={on_corrupt} is neither refuse nor skip.")
+        if classes is not None and (not classes or len(set(classes)) < len(classes)):
+            what = "is empty" if not classes else "names a class twice"
+            raise AntherError(f"data.classes={list(classes)} {what}: name each folder once, or null for all of them.")
         self.path, self.asset, self.on_corrupt = path, asset, on_corrupt
         self.classes = None if classes is None else tuple(classes)
         self.nouns, self.captions = dict(nouns or {}), captions

@@ -117,20 +117,18 @@ def check_settings(
     Raises:
         AntherError: naming the first setting that is unknown or of another kind.
     """
-    parameters = inspect.signature(call).parameters
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    named = [name for name, parameter in parameters.items() if parameter.kind not in _NAMELESS]
-    hints = typed.hints(call)
+    known = typed.parameters(call)
     for name, value in settings.items():
         if name in given:
             continue
-        if name not in named and not open_ended:
+        if name not in known.hints and not known.open_ended:
             raise AntherError(
-                f"{_path(where)} has no setting {name!r}{closest(name, named)}: {_title(call)} takes "
-                f"{', '.join(named) or 'none'}."
+                f"{_path(where)} has no setting {name!r}{closest(name, known.hints)}: {_title(call)} takes "
+                f"{', '.join(known.hints) or 'none'}."
             )
-        if name in hints and not typed.fits(value, hints[name]):
-            raise AntherError(misfit(f"{where}.{name}" if where else name, value, hints[name]))
+        hint = known.hints.get(name, Any)
+        if not typed.fits(value, hint):
+            raise AntherError(misfit(f"{where}.{name}" if where else name, value, hint))
 
 
 def misfit(path: str, value: Any, hint: Any) -> str:
@@ -142,9 +140,6 @@ def closest(name: str, known: Iterable[str]) -> str:
     """A question about the name that was perhaps meant; empty where none is near."""
     found = difflib.get_close_matches(name, list(known), 1)
     return f" (did you mean {found[0]}?)" if found else ""
-
-
-_NAMELESS = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
 
 
 def _build(
@@ -170,8 +165,7 @@ def _build(
     check_settings(target, settings, where, frozenset(extra or ()))
     if node.get("_partial_"):
         return functools.partial(_call, target, where, **settings)
-    needed = inspect.signature(target).parameters
-    lacking = [n for n, p in needed.items() if p.default is p.empty and p.kind not in _NAMELESS and n not in settings]
+    lacking = [name for name in typed.parameters(target).needed if name not in settings]
     if lacking:
         raise AntherError(f"{_path(where)} lacks {', '.join(lacking)}, which {_title(target)} needs: set it.")
     return _call(target, where, **settings)

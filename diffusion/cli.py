@@ -149,8 +149,11 @@ def read_result(folder: Path, trainer: Mapping[str, Any]) -> float | None:
     return float(objective)
 
 
-def write_result(folder: Path, metric: str, objective: float, steps: int, epochs: int, parameters: int) -> None:
-    """Records that a run is finished, and the numbers in its network."""
-    record = {"metric": metric, "objective": objective, "steps": steps, "epochs": epochs, "parameters": parameters}
+def write_result(
+    folder: Path, metric: str, objective: float, steps: int, epochs: int, parameters: int, seconds: float
+) -> None:
+    """Records that a run is finished, the numbers in its network, and how long the command that ended it trained."""
+    counts = {"steps": steps, "epochs": epochs, "parameters": parameters}
+    record = {"metric": metric, "objective": objective, **counts, "seconds": round(seconds, 1)}
     with atomic(folder / RESULT) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")

@@ -13,6 +13,10 @@ from diffusion.errors import AntherError
 _NAME = re.compile(r"(^|[._-])(token|api_?key|password|passwd|secret)$", re.IGNORECASE)
 _VARIABLE = re.compile(r"(TOKEN|API_?KEY|PASSWORD|SECRET|SECRET_ACCESS_KEY)$")
 _IN_ADDRESS = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
+_IN_QUERY = re.compile(
+    r"(?<=[?&])((?:access_?|api_?|auth_?)?(?:token|key)|password|sig|signature|x-(?:amz|goog)-signature)=[^&\s'\"]+",
+    re.IGNORECASE,
+)
 _SHORTEST = 8  # a shorter value of a variable may stand in any text
 
 
@@ -39,7 +43,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 def hidden(text: str) -> str:
     """The text without the passwords of addresses and without the values of variables that hold a token."""
-    text = _IN_ADDRESS.sub("[hidden]", text)
+    text = _IN_QUERY.sub(r"\1=[hidden]", _IN_ADDRESS.sub("[hidden]", text))
     for value in _tokens().values():
         text = text.replace(value, "[hidden]")
     return text
@@ -57,6 +61,11 @@ def _check(path: str, value: Any) -> None:
         raise AntherError(
             f"{path} holds a password, which would be written into the config of the run and its checkpoints: leave it "
             "out of the address and write `machine HOST login NAME password PASSWORD` into ~/.netrc, which is read."
+        )
+    if (found := _IN_QUERY.search(value)) and "://" in value:
+        raise AntherError(
+            f"{path} holds an address with {found[1]}=…, which would be written into the config of the run and its "
+            "checkpoints: download the file and give its path."
         )
     for name, token in _tokens().items():
         if token in value:

@@ -1,6 +1,7 @@
 """One run of train.py: build the parts, say what will happen, fit, and say where everything is."""
 
 import logging
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,9 +49,12 @@ def train(config: dict[str, Any], folder: Path) -> float:
         callbacks=_parts(config, "callbacks"),
         logger=_parts(config, "logger"),
     )
+    if trainer.accumulate_grad_batches < 1:
+        raise AntherError("trainer.accumulate_grad_batches counts the batches of a step: give 1 or more.")
     datamodule.prepare_data()
     datamodule.setup("fit")
     _announce(config, datamodule, module, trainer, resume, folder)
+    started = time.monotonic()
     trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
     if trainer.fast_dev_run:
         return 0.0
@@ -61,7 +65,8 @@ def train(config: dict[str, Any], folder: Path) -> float:
         if (log := folder / "logs" / "metrics.csv").exists():
             draw_losses(log, folder / "plots" / "loss.png")
         count = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        write_result(folder, config["objective"], objective, trainer.global_step, trainer.current_epoch, count)
+        made = trainer.global_step, trainer.current_epoch
+        write_result(folder, config["objective"], objective, *made, count, time.monotonic() - started)
     _farewell(config, module, objective, folder)
     return objective
 

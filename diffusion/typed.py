@@ -1,6 +1,7 @@
 """Plain values against type hints: what a config says, held against what a part says it takes."""
 
 import collections.abc
+import functools
 import inspect
 import math
 import types
@@ -8,7 +9,7 @@ import typing
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 _SCALARS = (str, int, float, type(None))
@@ -21,6 +22,8 @@ def fits(value: Any, hint: Any) -> bool:
 
     A number is finite, a whole number is no number with a point and neither is true or false, and text is no list.
     """
+    if hint in (Any, object):
+        return True
     origin, parts = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(fits(value, part) for part in parts)
@@ -31,6 +34,8 @@ def fits(value: Any, hint: Any) -> bool:
         if isinstance(value, list | tuple):
             return all(fits(entry, parts[0]) for entry in value)
         return not isinstance(value, (*_SCALARS, Mapping))
+    if typing.is_typeddict(hint):
+        return isinstance(value, Mapping)
     if origin in _MAPPINGS:
         key, entry = parts or (Any, Any)
         return isinstance(value, Mapping) and all(fits(k, key) and fits(v, entry) for k, v in value.items())
@@ -69,24 +74,62 @@ def words(hint: Any) -> str:
     return _NAMES.get(hint) or f"a {getattr(hint, '__name__', str(hint))}"
 
 
-def hints(call: Callable[..., Any]) -> dict[str, Any]:
-    """The hints of a call's parameters, of those that can be had: some name what is imported for checkers alone.
+class Parameters(NamedTuple):
+    """What a call takes by name.
+
+    Attributes:
+        hints: of every parameter by its name; `Any` where there is none, or none that can be had here: some name what
+            is imported for checkers alone.
+        needed: those without a default.
+        open_ended: whether it takes others, too.
+    """
+
+    hints: dict[str, Any]
+    needed: tuple[str, ...]
+    open_ended: bool
+
+
+@functools.lru_cache
+def parameters(call: Callable[..., Any]) -> Parameters:
+    """What a function takes by name, or a class; `**options` are those of the next class that says what it takes.
 
     A parameter whose default is None takes None, whatever its hint says.
     """
     found: dict[str, Any] = {}
-    owner = call.__init__ if inspect.isclass(call) else call
-    names = vars(inspect.getmodule(inspect.unwrap(owner)) or typing)
-    for name, parameter in inspect.signature(call).parameters.items():
-        if parameter.annotation is inspect.Parameter.empty:
-            continue
-        holder = type("_", (), {"__annotations__": {name: parameter.annotation}})
-        try:
-            hint = typing.get_type_hints(holder, dict(names))[name]
-        except (NameError, AttributeError, TypeError):
-            continue
-        found[name] = hint | None if parameter.default is None and hint is not Any else hint
-    return found
+    needed: list[str] = []
+    open_ended = True
+    owners = (
+        [vars(kind)["__init__"] for kind in call.__mro__ if "__init__" in vars(kind)]
+        if inspect.isclass(call)
+        else [call]
+    )
+    for owner in owners:
+        names = vars(inspect.getmodule(inspect.unwrap(owner)) or typing)
+        mine = list(inspect.signature(owner).parameters.values())[1 if inspect.isclass(call) else 0 :]
+        for parameter in mine:
+            if parameter.kind in _NAMELESS or parameter.name in found:
+                continue
+            found[parameter.name] = _hint(parameter, names)
+            if parameter.default is parameter.empty:
+                needed.append(parameter.name)
+        open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in mine)
+        if not open_ended:
+            break
+    return Parameters(found, tuple(needed), open_ended)
+
+
+_NAMELESS = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY)
+
+
+def _hint(parameter: inspect.Parameter, names: Mapping[str, Any]) -> Any:
+    if parameter.annotation is parameter.empty:
+        return Any
+    holder = type("_", (), {"__annotations__": {parameter.name: parameter.annotation}})
+    try:
+        hint = typing.get_type_hints(holder, dict(names))[parameter.name]
+    except (NameError, AttributeError, TypeError):
+        return Any
+    return hint | None if parameter.default is None and hint is not Any else hint
 
 
 def short(value: Any) -> str:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diffusion.build import build, construct
+from diffusion.build import build, closest, construct
 from diffusion.curation import publish
 from diffusion.curation.export import DATASET, IMAGEFOLDER, export_fiftyone, export_imagefolder
 from diffusion.errors import AntherError
@@ -17,7 +17,7 @@ from diffusion.evaluation.embeddings import Embedding
 from diffusion.evaluation.generate import Made, Plan, assemble, check, claim, generate
 from diffusion.evaluation.metric import Result
 from diffusion.evaluation.prompts import labels_of, read_prompts
-from diffusion.evaluation.report import print_metrics, read_metrics, split_key, write_metrics, write_report
+from diffusion.evaluation.report import TITLES, print_metrics, read_metrics, split_key, write_metrics, write_report
 from diffusion.evaluation.scoring import Scorers
 from diffusion.evaluation.subject import Subject, load_data, load_subject
 from diffusion.fabric import make_fabric
@@ -137,6 +137,8 @@ def _check_installed(config: Mapping[str, Any]) -> None:
             f"evaluating needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: run "
             "pip install 'anther[eval,offline]'."
         )
+    if (name := config["objective"]) is not None and name.removesuffix("_std") not in TITLES:
+        raise AntherError(f"objective={name} is no metric{closest(name, TITLES)}: choose one of {', '.join(TITLES)}.")
     if config["publish"]["repo_id"] is not None and config["dataset"] is None:
         raise AntherError("publish.repo_id publishes what dataset=null leaves out: drop one of the two.")
     if config["publish"]["repo_id"] is not None:
