@@ -159,6 +159,8 @@ def _load(path: Path, rows_path: Path, count: int, shape: tuple[int, int, int]) 
         rows = record["rows"]
     except (OSError, ValueError, KeyError, EOFError):
         return None
+    if not isinstance(images, np.ndarray):  # an archive of arrays
+        return None
     fits = images.dtype == np.uint8 and images.shape == (len(rows), *shape) and record["count"] == count
     return (images, rows) if fits else None
 

@@ -235,7 +235,7 @@ EVALUATE: list[tuple[list[str], list[str]]] = [
     (["ckpt={ckpt}", "nearest.space=mind"], ["nearest.space = 'mind'", "inception, pixels"]),
     ([*SCORE, "nearest={{space: pixels, split: holdout}}"], ["holdout", "train, val"]),
     ([*SCORE, "nearest={{space: inception, split: train}}"], ["nearest.space"]),
-    ([*SCORE, "data.path={bad}"], ["data.path"]),
+    ([*SCORE, "nearest={{space: pixels, split: train}}", "data.path={bad}"], ["data.path"]),
     ([*SCORE, "classifier={{weights: nowhere.safetensors, threshold: null, split: val}}"], ["nowhere.safetensors"]),
     ([*SCORE, "dataset={{name: null}}", "publish.repo_id=noslash"], ["noslash", "namespace/name"]),
     ([*SCORE, "dataset={{name: null}}", "publish.repo_id=a/b/c"], ["a/b/c", "namespace/name"]),
