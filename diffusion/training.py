@@ -108,6 +108,7 @@ def _announce(
 ) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
     rows = {"run": config["name"], "data": datamodule.describe(), **module.describe()}
@@ -117,7 +118,7 @@ def _announce(
     rows["goes on from"] = str(resume) if resume else "nothing"
     rows["folder"] = str(folder)
     for key, value in rows.items():
-        table.add_row(f"[bold]{key}[/]", value)
+        table.add_row(Text(key, "bold"), Text(str(value)))
     Console(soft_wrap=True).print(table)
 
 

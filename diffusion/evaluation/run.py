@@ -255,6 +255,7 @@ def _dataset_name(folder: Path) -> str:
 def _announce(subject: Subject, plan: Plan, scorers: Scorers, folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     prompts = "none" if plan.prompts is None else f"{len(plan.prompts)}: {'; '.join(plan.prompts[:3])}"
     rows = {
@@ -268,7 +269,7 @@ def _announce(subject: Subject, plan: Plan, scorers: Scorers, folder: Path) -> N
     }
     table = Table.grid(padding=(0, 2))
     for key, value in rows.items():
-        table.add_row(f"[bold]{key}[/]", value)
+        table.add_row(Text(key, "bold"), Text(str(value)))
     Console(soft_wrap=True).print(table)
 
 
