@@ -6,9 +6,9 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from diffusion import cli
+from diffusion import cli, settings
 from diffusion.ranks import leader
 
 JOB = "diffusion.evaluation.run.evaluate"
@@ -18,11 +18,10 @@ JOB = "diffusion.evaluation.run.evaluate"
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="evaluate")
 def main(cfg: DictConfig) -> float | None:
     """Composes, evaluates, and returns the objective to a sweep."""
-    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    assert isinstance(config, dict)
+    config = settings.read(cfg, settings.Evaluate)
     hydra_job = HydraConfig.get()
-    settings = {str(key): value for key, value in config.items()} | {"overrides": list(hydra_job.overrides.task)}
-    objective: float | None = leader.run(JOB, settings, Path(hydra_job.runtime.output_dir))
+    config["overrides"] = list(hydra_job.overrides.task)
+    objective: float | None = leader.run(JOB, config, Path(hydra_job.runtime.output_dir))
     return objective
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from diffusion import cli
+from diffusion import cli, settings
 from diffusion.ranks import leader
 
 JOB = "diffusion.drawing.draw"
@@ -16,9 +16,8 @@ JOB = "diffusion.drawing.draw"
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="sample")
 def main(cfg: DictConfig) -> None:
     """Composes and draws."""
-    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    assert isinstance(config, dict)
-    leader.run(JOB, {str(key): value for key, value in config.items()}, Path(HydraConfig.get().runtime.output_dir))
+    config = settings.read(cfg, settings.Sample)
+    leader.run(JOB, config, Path(HydraConfig.get().runtime.output_dir))
 
 
 if __name__ == "__main__":

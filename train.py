@@ -4,9 +4,9 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from diffusion import cli
+from diffusion import cli, settings
 from diffusion.ranks import leader
 
 JOB = "diffusion.training.train"
@@ -17,12 +17,10 @@ JOB = "diffusion.training.train"
 def main(cfg: DictConfig) -> float:
     """Composes, trains, and returns the objective to a sweep."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    assert isinstance(config, dict)
-    settings = {str(key): value for key, value in config.items()}
-    if (objective := cli.read_result(folder, settings)) is not None:
+    config = settings.read(cfg, settings.Train)
+    if (objective := cli.read_result(folder, config)) is not None:
         return objective
-    return float(leader.run(JOB, settings, folder))
+    return float(leader.run(JOB, config, folder))
 
 
 if __name__ == "__main__":

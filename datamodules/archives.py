@@ -19,6 +19,9 @@ MAX_BYTES = 64 * 2**30
 MAX_RATIO = 100
 """Nor to this many times its own size, beyond the first 256 MiB: pictures hardly shrink, bombs do."""
 
+MAX_FILES = 5_000_000
+"""Nor may it have more members than this, however small: a disk runs out of names, too."""
+
 _FREE_BYTES = 256 * 2**20
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -51,7 +54,12 @@ def extract(archive: Path, target: Path) -> Path:
         raise AntherError(f"cannot unpack into {target.parent}: {error.strerror}; choose another folder.") from error
     try:
         with _whole(archive):
-            for name, source in _members(archive):
+            for number, (name, source) in enumerate(_members(archive)):
+                if number >= MAX_FILES:
+                    raise AntherError(
+                        f"{archive} was not unpacked: it holds more than {MAX_FILES:,} files; unpack it yourself if "
+                        "you trust it, and give the folder."
+                    )
                 path = temporary / _inside(name, archive)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("wb") as file:

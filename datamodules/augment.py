@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
+from diffusion.errors import AntherError
 from diffusion.images import from_uint8
 
 
@@ -36,6 +37,11 @@ class Augment(ABC):
         """
 
 
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise AntherError(f"augment.{name} = {value} is a probability: choose it in [0, 1].")
+
+
 class FlipCrop(Augment):
     """A mirror image now and then, and a random crop of what the table holds beyond `size`.
 
@@ -48,6 +54,7 @@ class FlipCrop(Augment):
     draws = 3
 
     def __init__(self, flip: float = 0.5) -> None:
+        _check_share("flip", flip)
         self.flip = flip
 
     def __call__(self, pixels: Tensor, uniforms: Tensor, size: int) -> tuple[Tensor, None]:
@@ -82,6 +89,7 @@ class NonLeaking(Augment):
     SHIFT: ClassVar[float] = 0.125
 
     def __init__(self, p: float = 0.12, upside_down: bool = False) -> None:
+        _check_share("p", p)
         self.p, self.upside_down = p, upside_down
 
     def __call__(self, pixels: Tensor, uniforms: Tensor, size: int) -> tuple[Tensor, Tensor]:

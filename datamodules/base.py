@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 
+MAX_PIXELS = 2**26
+"""8192 x 8192: an image file that declares more is taken for a bomb."""
+
 
 @dataclass(frozen=True)
 class ImageTable:
@@ -84,11 +87,15 @@ def open_rgb(path: Path) -> "Image.Image":
     """Decodes a file to RGB, upright by its EXIF orientation, transparency over white.
 
     Raises:
-        OSError, ValueError, SyntaxError: what Pillow raises for files that are not whole images.
+        OSError, ValueError, SyntaxError: what Pillow raises for files that are not whole images; also for one whose
+            header declares more pixels than a photograph has.
     """
     from PIL import Image, ImageOps
 
     with Image.open(path) as image:
+        # Pillow warns here and refuses from twice as many on; a few at a time would fill the memory.
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{path} declares {image.width} x {image.height} pixels")
         upright = ImageOps.exif_transpose(image)
         if not upright.has_transparency_data:
             return upright.convert("RGB")
@@ -166,6 +173,8 @@ def _load(path: Path, rows_path: Path, count: int, shape: tuple[int, int, int]) 
         record = json.loads(rows_path.read_text())
         rows = record["rows"]
     except (OSError, ValueError, KeyError, EOFError):
+        return None
+    if not isinstance(images, np.ndarray):  # an archive of arrays
         return None
     fits = images.dtype == np.uint8 and images.shape == (len(rows), *shape) and record["count"] == count
     return (images, rows) if fits else None
@@ -370,6 +379,8 @@ class ImageDataModule(LightningDataModule, ABC):
                 f"data.batch_size={batch_size}, data.val_batch_size={val_batch_size} and data.size={image_shape[1]} "
                 "must be at least 1."
             )
+        if num_workers < 0:
+            raise AntherError(f"data.num_workers={num_workers} counts processes: give 0 or more.")
         self.name = name
         self.image_shape = image_shape
         self.batch_size, self.val_batch_size = batch_size, val_batch_size

@@ -100,6 +100,9 @@ class FolderImages(ImageDataModule):
             raise AntherError(f"data.on_corrupt={on_corrupt} is neither refuse nor skip.")
         if crop is not None and crop < 1:
             raise AntherError(f"data.crop={crop} must be at least 1; leave it out to take the whole short side.")
+        if classes is not None and (not classes or len(set(classes)) < len(classes)):
+            what = "is empty" if not classes else "names a class twice"
+            raise AntherError(f"data.classes={list(classes)} {what}: name each folder once, or null for all of them.")
         self.crop = crop
         self.path, self.asset, self.on_corrupt = path, asset, on_corrupt
         self.classes = None if classes is None else tuple(classes)

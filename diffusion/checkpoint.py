@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from diffusion.build import build
+from diffusion.build import rebuild
 from diffusion.differences import differences
 from diffusion.errors import AntherError
 from diffusion.guidance import Guidance
@@ -150,7 +150,7 @@ def _world(model: Diffusion) -> dict[str, Any]:
 def _diffusion(config: Mapping[str, Any], path: Path | str) -> Diffusion:
     if "module" not in config:
         raise AntherError(f"the config for {path} describes no module: give the config of a run of train.py.")
-    module = build(config["module"])
+    module = rebuild(config["module"], "module")
     if not isinstance(module, Diffusion):
         raise AntherError(f"{path} holds a {type(module).__name__}, which draws no images: use a diffusion checkpoint.")
     module.config = dict(config)

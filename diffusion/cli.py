@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion import ranks, sweeps
+from diffusion import ranks, secrecy, sweeps
+from diffusion.build import closest
 from diffusion.errors import AntherError
 from diffusion.files import atomic
 
@@ -18,7 +19,17 @@ RESULT = "result.json"
 UNSUPPORTED = ("trainer/fsdp", "trainer/deepspeed", "trainer/ddp_spawn")
 
 # Faults of the folder of a run, which Hydra makes before we are asked.
-FOLDER_FAULTS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
+FOLDER_FAULTS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 
 
 def run(main: Callable[[], Any], several: bool = False) -> None:
@@ -37,6 +48,7 @@ def run(main: Callable[[], Any], several: bool = False) -> None:
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print the trace itself and end the process
     try:
+        secrecy.check_words(sys.argv[1:])
         main()
     except Exception as error:
         message = None if before == "1" else sentence(error)
@@ -44,7 +56,7 @@ def run(main: Callable[[], Any], several: bool = False) -> None:
             sys.exit(1)
         if message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {secrecy.hidden(message)}", file=sys.stderr)
         sys.exit(1)
     else:
         if sweeps.report_failures():
@@ -69,7 +81,7 @@ def sentence(error: BaseException) -> str | None:
         if isinstance(cause, MissingConfigException) and cause.missing_cfg_file in UNSUPPORTED:
             return f"{str(cause.missing_cfg_file).replace('/', '=')} is not supported: {ranks.UNSUPPORTED}."
         if isinstance(cause, HydraException | OmegaConfBaseException):
-            return " ".join(str(cause).split())
+            return _of_hydra(cause)
         if ranks.is_lost(cause):
             return "another process of this run has ended: its own output says why."
         if type(cause).__module__.startswith("submitit."):
@@ -78,6 +90,40 @@ def sentence(error: BaseException) -> str | None:
         if isinstance(cause, OSError) and cause.errno in FOLDER_FAULTS:
             return f"cannot write {cause.filename}: {cause.strerror}; free it or choose another hydra.run.dir."
     return None
+
+
+def _of_hydra(error: Exception) -> str:
+    """What Hydra and OmegaConf say, in one line, with the key that was perhaps meant."""
+    from hydra.errors import MissingConfigException, OverrideParseException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue
+
+    lines = [line.strip() for line in str(error).splitlines()]
+    # The rest is of Hydra's own pages and search paths.
+    useless = ("See https://", "full_key:", "object_type=", "Config search path:", "provider=", "To append to your")
+    text = " ".join(line for line in lines if line and not line.startswith(useless))
+    if isinstance(error, OverrideParseException):
+        return (
+            f"cannot read {error.override!r} ({text}): write KEY=VALUE, and quote it as in 'prompts=[a rose, a lily]'."
+        )
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        return f"there is no {group}/{name}{closest(name, error.options)}: choose {', '.join(error.options)}."
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is not set: give {error.full_key}=…; --help says more."
+    cause = error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None and cause.full_key:
+        parent = cause.full_key.rpartition(".")[0]
+        known = [
+            str(key) for key in (cause.parent_node if OmegaConf.is_dict(cause.parent_node) else ()) if key != "hydra"
+        ]
+        has = f"{parent or 'the config'} has {', '.join(k for k in known if k[:1] != '_') or 'no parts'}"
+        return (
+            f"there is no setting {cause.full_key}{closest(str(cause.key), known)}: {has}; what a part takes beyond "
+            "these is added with +KEY=VALUE."
+        )
+    where = getattr(error, "full_key", None)
+    return f"{where}: {text}" if where else text
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -109,8 +155,8 @@ def read_result(folder: Path, config: Mapping[str, Any]) -> float | None:
     except (OSError, ValueError, KeyError) as error:
         raise AntherError(f"{path} is damaged: delete it to go on from the run's last checkpoint.") from error
     wanted_steps, wanted_epochs = trainer.get("max_steps", -1), trainer.get("max_epochs")
-    by_steps = wanted_steps is not None and 0 <= wanted_steps <= steps
-    by_epochs = wanted_epochs is not None and 0 <= wanted_epochs <= epochs
+    by_steps = isinstance(wanted_steps, int) and 0 <= wanted_steps <= steps
+    by_epochs = isinstance(wanted_epochs, int) and 0 <= wanted_epochs <= epochs
     if not (by_steps or by_epochs):
         return None
     if found := ranks.changed(folder, config):
@@ -122,8 +168,11 @@ def read_result(folder: Path, config: Mapping[str, Any]) -> float | None:
     return float(objective)
 
 
-def write_result(folder: Path, metric: str, objective: float, steps: int, epochs: int, parameters: int) -> None:
-    """Records that a run is finished, and the numbers in its network."""
-    record = {"metric": metric, "objective": objective, "steps": steps, "epochs": epochs, "parameters": parameters}
+def write_result(
+    folder: Path, metric: str, objective: float, steps: int, epochs: int, parameters: int, seconds: float
+) -> None:
+    """Records that a run is finished, the numbers in its network, and how long the command that ended it trained."""
+    counts = {"steps": steps, "epochs": epochs, "parameters": parameters}
+    record = {"metric": metric, "objective": objective, **counts, "seconds": round(seconds, 1)}
     with atomic(folder / RESULT) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")

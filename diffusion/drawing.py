@@ -33,16 +33,20 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
     """
     check_seed(config["seed"])
     per_prompt, prompts = config["num_images"], config["prompts"]
-    if per_prompt < 1:
-        raise AntherError(f"num_images counts images, so it is 1 or more, not {per_prompt}.")
-    if isinstance(prompts, str):
+    for name in ("num_images", "batch_size"):
+        if config[name] < 1:
+            raise AntherError(f"{name} counts images, so it is 1 or more, not {config[name]}.")
+    if isinstance(prompts, str | int):
         prompts = [prompts]
     if prompts is not None and not prompts:
         raise AntherError("prompts is an empty list: name at least one, as in prompts='[a red rose]', or leave it out.")
+    for prompt in prompts or ():
+        if not isinstance(prompt, str | int) or not str(prompt).strip():
+            raise AntherError(f"prompts holds {prompt!r}, which is no text: put quotes around it, or leave it out.")
     # One device: a few pictures; evaluate.py spreads many over several.
     fabric = make_fabric(config["trainer"], devices=1, num_nodes=1, strategy="auto")
     model = load_model(config["ckpt"]).to(fabric.device)
-    sampler: Sampler = build(config["sampler"])
+    sampler: Sampler = build(config["sampler"], "sampler")
     texts = None if prompts is None else [str(prompt) for prompt in prompts for _ in range(per_prompt)]
     count = per_prompt if texts is None else len(texts)
     seeds = [config["seed"] + k for k in range(count)]

@@ -54,6 +54,16 @@ class Schedule(ABC):
         return alpha.item()
 
 
+def check_steps(T: int) -> None:
+    """Refuses a schedule without steps.
+
+    Raises:
+        AntherError: T below 1.
+    """
+    if T < 1:
+        raise AntherError(f"T = {T} is no number of steps: give 1 or more.")
+
+
 class TableSchedule(Schedule):
     """A variance-preserving schedule given by a table of betas (Ho et al., 2020, arXiv 2006.11239).
 
@@ -96,11 +106,17 @@ class Linear(TableSchedule):
         T: number of steps.
         beta_start: first beta.
         beta_end: last beta. With T well below 1000 and the usual 0.02 the last image still shows signal (alpha_1 is
-            0.13 for T = 400); `ZeroTerminalSNR` mends that.
+            0.13 for T = 400); `rescale_from` and `ZeroTerminalSNR` mend that.
+        rescale_from: number of steps that the two betas are meant for: both are multiplied by rescale_from / T, so that
+            T steps add about the noise of that many (Dhariwal and Nichol, 2021, arXiv 2105.05233, in their code).
     """
 
-    def __init__(self, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> None:
-        super().__init__(torch.linspace(beta_start, beta_end, T, dtype=torch.float64))
+    def __init__(
+        self, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, rescale_from: int | None = None
+    ) -> None:
+        check_steps(T)
+        scale = 1.0 if rescale_from is None else rescale_from / T
+        super().__init__(torch.linspace(scale * beta_start, scale * beta_end, T, dtype=torch.float64))
 
 
 class ScaledLinear(TableSchedule):
@@ -113,6 +129,7 @@ class ScaledLinear(TableSchedule):
     """
 
     def __init__(self, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> None:
+        check_steps(T)
         super().__init__(torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2)
 
 
@@ -126,6 +143,7 @@ class Cosine(TableSchedule):
     """
 
     def __init__(self, T: int = 1000, s: float = 0.008, beta_max: float = 0.999) -> None:
+        check_steps(T)
         t = torch.linspace(0, 1, T + 1, dtype=torch.float64)
         alpha_bar = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
         super().__init__((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=beta_max))
@@ -141,6 +159,7 @@ class Sigmoid(TableSchedule):
     """
 
     def __init__(self, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> None:
+        check_steps(T)
         curve = torch.sigmoid(torch.linspace(-6, 6, T, dtype=torch.float64))
         super().__init__(curve * (beta_end - beta_start) + beta_start)
 
@@ -173,6 +192,7 @@ class Straight(Schedule):
     """
 
     def __init__(self, T: int = 1000) -> None:
+        check_steps(T)
         self.T = T
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102

@@ -1,6 +1,7 @@
 """One run of train.py: build the parts, say what will happen, fit, and say where everything is."""
 
 import logging
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,17 +40,21 @@ def train(config: dict[str, Any], folder: Path) -> float:
     check_seed(config["seed"])
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     resume = _resume_from(folder, config)
-    datamodule = build(config["data"])
-    module = build(config["module"])
+    datamodule = build(config["data"], "data")
+    module = build(config["module"], "module")
     module.config = config
     trainer = build(
         config["trainer"],
-        callbacks=_parts(config.get("callbacks")),
-        logger=_parts(config.get("logger")),
+        "trainer",
+        callbacks=_parts(config, "callbacks"),
+        logger=_parts(config, "logger"),
     )
+    if trainer.accumulate_grad_batches < 1:
+        raise AntherError("trainer.accumulate_grad_batches counts the batches of a step: give 1 or more.")
     datamodule.prepare_data()
     datamodule.setup("fit")
     _announce(config, datamodule, module, trainer, resume, folder)
+    started = time.monotonic()
     trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
     if trainer.fast_dev_run:
         return 0.0
@@ -60,14 +65,16 @@ def train(config: dict[str, Any], folder: Path) -> float:
         if (log := folder / "logs" / "metrics.csv").exists():
             draw_losses(log, folder / "plots" / "loss.png")
         count = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        write_result(folder, config["objective"], objective, trainer.global_step, trainer.current_epoch, count)
+        made = trainer.global_step, trainer.current_epoch
+        write_result(folder, config["objective"], objective, *made, count, time.monotonic() - started)
     _farewell(config, module, objective, folder)
     return objective
 
 
-def _parts(group: Mapping[str, Any] | None) -> list[Any]:
+def _parts(config: Mapping[str, Any], group: str) -> list[Any]:
     """The parts of a group; what an experiment says of a part that the chosen group does not have is left aside."""
-    return [build(node) for node in (group or {}).values() if node and "_target_" in node]
+    nodes = (config.get(group) or {}).items()
+    return [build(node, f"{group}.{name}") for name, node in nodes if node and "_target_" in node]
 
 
 def _resume_from(folder: Path, config: Mapping[str, Any]) -> Path | None:
@@ -101,6 +108,7 @@ def _announce(
 ) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table.grid(padding=(0, 2))
     rows = {"run": config["name"], "data": datamodule.describe(), **module.describe()}
@@ -110,7 +118,7 @@ def _announce(
     rows["goes on from"] = str(resume) if resume else "nothing"
     rows["folder"] = str(folder)
     for key, value in rows.items():
-        table.add_row(f"[bold]{key}[/]", value)
+        table.add_row(Text(key, "bold"), Text(str(value)))
     Console(soft_wrap=True).print(table)
 
 

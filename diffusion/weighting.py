@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from diffusion.errors import AntherError
 from diffusion.targets import Target, x_0_per_output
 
 Weighting = Callable[[Tensor, Tensor, Target], Tensor]
@@ -30,6 +31,8 @@ class MinSNR:
     """
 
     def __init__(self, gamma: float = 5.0) -> None:
+        if gamma <= 0:
+            raise AntherError(f"weighting.gamma = {gamma} caps a ratio above 0: choose one, such as 5.")
         self.gamma = gamma
 
     def __call__(self, alpha: Tensor, sigma: Tensor, target: Target) -> Tensor:

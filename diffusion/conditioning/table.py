@@ -178,7 +178,7 @@ def read_embeddings(path: Path, key: str) -> tuple[list[str], Tensor]:
         )
     try:
         names, rows = _read_npz(path, key) if path.suffix == ".npz" else _read_csv(path, key)
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, csv.Error) as error:
+    except (ValueError, KeyError, OSError, EOFError, MemoryError, zipfile.BadZipFile, csv.Error) as error:
         raise AntherError(
             f"{path} is not a table of embeddings ({error}); expected a csv with the columns {key}, e0, e1, ... "
             f"or an npz with the arrays {key} and embedding."
@@ -194,6 +194,9 @@ def read_embeddings(path: Path, key: str) -> tuple[list[str], Tensor]:
 
 
 def _read_npz(path: Path, key: str) -> tuple[list[str], np.ndarray]:
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > max(2**28, 100 * path.stat().st_size):
+            raise ValueError("it grows to more than 100 times its size, which embeddings never do")
     with np.load(path, allow_pickle=False) as file:
         return [str(name) for name in file[key]], file["embedding"].astype(np.float32)
 

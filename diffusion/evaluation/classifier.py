@@ -102,7 +102,10 @@ def _read_own(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
     except SafetensorError as error:
         raise AntherError(f"{path} is not a whole safetensors file ({error}); train or fetch it again.") from error
-    return state, json.loads(metadata["facts"]) if _FORMAT in metadata else {}
+    try:
+        return state, dict(json.loads(metadata["facts"])) if _FORMAT in metadata else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise AntherError(f"{path} has damaged metadata ({error}); train or fetch it again.") from error
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

@@ -211,12 +211,14 @@ def load(folder: Path | str) -> np.ndarray:
     """
     path = Path(folder) / FILE
     try:
-        rows: np.ndarray = np.load(path, allow_pickle=False)
+        rows = np.load(path, allow_pickle=False)
+        if not isinstance(rows, np.ndarray):
+            raise ValueError("an archive of arrays")
     except FileNotFoundError as error:
         raise AntherError(
             f"there are no embeddings at {path}: give the folder of a run of evaluate.py that took them."
         ) from error
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError) as error:  # a damaged header may ask for any memory
         raise AntherError(
             f"{path} is damaged and cannot be read: delete it and run evaluate.py again with this hydra.run.dir."
         ) from error

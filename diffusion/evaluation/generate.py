@@ -280,7 +280,7 @@ def _read_part(folder: Path, chunk: range) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as part:
             ids, rows = part["ids"].tolist(), part["embeddings"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise AntherError(f"{path} is damaged: delete it and run the same command again.") from error
     if ids != [_id(k) for k in chunk]:
         raise AntherError(f"{path} holds embeddings of other images: delete it and run the same command again.")

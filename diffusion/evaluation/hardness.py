@@ -100,7 +100,7 @@ def held_out_logits(images: Array, labels: Array, trained_on: int, judges: Judge
         logits: Array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         logits = np.empty((0, 0), np.float32)
-    if logits.shape != (len(images), classes) or logits.dtype != np.float32:
+    if not isinstance(logits, np.ndarray) or logits.shape != (len(images), classes) or logits.dtype != np.float32:
         logits = _judge(images, labels, trained_on, judges, classes)
         with atomic(path) as temporary, temporary.open("wb") as file:
             np.save(file, logits)

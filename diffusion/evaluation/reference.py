@@ -107,7 +107,7 @@ def _compute(folder: Path, pixels: Tensor, label: str, extractor: Extractor) -> 
         np.lib.format.write_array_header_1_0(file, header)
         for start in starts:
             file.write(extractor.features(pixels[start : start + _CHUNK]).pool.data)
-    features = np.load(folder / "features.npy", mmap_mode="r")
+    features = np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)
     mu, sigma = moments(features)
     for name, array in (("mu", mu), ("sigma", sigma)):
         with atomic(folder / f"{name}.npy") as temporary, temporary.open("wb") as file:
@@ -127,7 +127,7 @@ def _load(folder: Path, n: int, dim: int) -> tuple[Array, Array, Array] | None:
         if any(sha256(folder / name) != digests[name] for name in _FILES):
             return None
         features = np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)
-        mu, sigma = np.load(folder / "mu.npy"), np.load(folder / "sigma.npy")
+        mu, sigma = (np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("mu", "sigma"))
     except (OSError, ValueError, KeyError, EOFError, TypeError):
         return None
     return (features, mu, sigma) if (features.shape, sigma.shape) == ((n, dim), (dim, dim)) else None

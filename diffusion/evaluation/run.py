@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diffusion.build import build
+from diffusion.build import build, closest, construct
 from diffusion.checkpoint import load_guidance
 from diffusion.curation import publish
 from diffusion.curation.export import DATASET, IMAGEFOLDER, export_fiftyone, export_imagefolder
@@ -18,7 +18,7 @@ from diffusion.evaluation.embeddings import Embedding
 from diffusion.evaluation.generate import Made, Plan, assemble, check, claim, generate
 from diffusion.evaluation.metric import Result
 from diffusion.evaluation.prompts import labels_of, read_prompts
-from diffusion.evaluation.report import print_metrics, read_metrics, split_key, write_metrics, write_report
+from diffusion.evaluation.report import TITLES, print_metrics, read_metrics, split_key, write_metrics, write_report
 from diffusion.evaluation.scoring import Scorers
 from diffusion.evaluation.subject import Subject, load_data, load_subject
 from diffusion.fabric import make_fabric, on_rank_zero
@@ -97,7 +97,7 @@ def make_plan(config: Mapping[str, Any], subject: Subject, datamodule: Any) -> P
     asked = None if model.conditioner is None and config["prompts"] == "classes" else config["prompts"]
     prompts = read_prompts(asked, classes, captions)
     own, chosen = subject.config["module"].get("sampler", {}), config.get("sampler")
-    sampler: Sampler = model.sampler if chosen is None else build(chosen)
+    sampler: Sampler = model.sampler if chosen is None else build(chosen, "sampler")
     weight, bad = config["guidance"]["weight"], config["guidance"]["bad"]
     return Plan(
         prompts=None if prompts is None else tuple(prompts),
@@ -109,7 +109,7 @@ def make_plan(config: Mapping[str, Any], subject: Subject, datamodule: Any) -> P
         sampler_record=dict(own if chosen is None else chosen),
         T=model.denoiser.schedule.T,
         batch_size=config["batch_size"],
-        embedding=None if config["embedding"] is None else Embedding(**config["embedding"]),
+        embedding=None if config["embedding"] is None else construct(Embedding, config["embedding"], "embedding"),
         checkpoint_sha256=subject.sha256,
         guidance=load_guidance(config["guidance"], model),
         bad_sha256=None if bad is None else sha256(bad),
@@ -146,6 +146,8 @@ def _check_installed(config: Mapping[str, Any]) -> None:
             f"evaluating needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: run "
             "pip install 'anther[eval,offline]'."
         )
+    if (name := config["objective"]) is not None and name.removesuffix("_std") not in TITLES:
+        raise AntherError(f"objective={name} is no metric{closest(name, TITLES)}: choose one of {', '.join(TITLES)}.")
     if config["publish"]["repo_id"] is not None and config["dataset"] is None:
         raise AntherError("publish.repo_id publishes what dataset=null leaves out: drop one of the two.")
     if config["publish"]["repo_id"] is not None:
@@ -225,7 +227,7 @@ def _track(config: Mapping[str, Any], folder: Path) -> None:
     from diffusion.evaluation.track import track
     from diffusion.loggers import finish
 
-    if loggers := [build(node) for node in (config["logger"] or {}).values()]:
+    if loggers := [build(node, f"logger.{name}") for name, node in (config["logger"] or {}).items()]:
         track(folder, loggers)
         finish(loggers)
 
@@ -262,6 +264,7 @@ def _dataset_name(folder: Path) -> str:
 def _announce(subject: Subject, plan: Plan, scorers: Scorers, folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     prompts = "none" if plan.prompts is None else f"{len(plan.prompts)}: {'; '.join(plan.prompts[:3])}"
     rows = {
@@ -275,7 +278,7 @@ def _announce(subject: Subject, plan: Plan, scorers: Scorers, folder: Path) -> N
     }
     table = Table.grid(padding=(0, 2))
     for key, value in rows.items():
-        table.add_row(f"[bold]{key}[/]", value)
+        table.add_row(Text(key, "bold"), Text(str(value)))
     Console(soft_wrap=True).print(table)
 
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from diffusion.build import build
+from diffusion.build import rebuild
 from diffusion.checkpoint import load_model, read
 from diffusion.errors import AntherError
 from diffusion.files import sha256
@@ -78,6 +78,7 @@ def described(name: str) -> dict[str, Any]:
     Raises:
         AntherError: neither is there, or the file describes no model.
     """
+    import yaml
     from hydra import compose
     from hydra.errors import HydraException
     from omegaconf import DictConfig, OmegaConf
@@ -85,7 +86,10 @@ def described(name: str) -> dict[str, Any]:
     if Path(name).suffix in (".yaml", ".yml"):
         if not Path(name).is_file():
             raise AntherError(f"there is no file {name}: give model= an experiment of train.py or the config of a run.")
-        config = OmegaConf.load(name)
+        try:
+            config = OmegaConf.load(name)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise AntherError(f"{name} cannot be read as YAML: give model= the config of a run of train.py.") from error
     else:
         try:
             config = compose("train", [f"experiment={name}"])
@@ -104,7 +108,7 @@ def described(name: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _build_data(described_by: str) -> Any:
-    datamodule = build(json.loads(described_by))
+    datamodule = rebuild(json.loads(described_by), "data")
     datamodule.prepare_data()
     datamodule.setup()
     return datamodule

@@ -91,7 +91,7 @@ class SweepReport(Callback):
 
     def on_multirun_start(self, config: "DictConfig", **kwargs: Any) -> None:  # noqa: D102
         folder, planned = Path(config.hydra.sweep.dir).absolute(), _planned(config)
-        self._report = partial(report, folder, planned)
+        self._report = partial(self.report, folder, planned)
         atexit.register(self._report)
 
     def on_multirun_end(self, config: "DictConfig", **kwargs: Any) -> None:  # noqa: D102
@@ -100,6 +100,10 @@ class SweepReport(Callback):
         assert self._report is not None
         atexit.unregister(self._report)
         self._report()
+
+    def report(self, folder: Path, planned: Sequence[Sequence[str]]) -> None:
+        """Reports the sweep in a folder; sweeps of other commands do it in their own way."""
+        report(folder, planned)
 
 
 def report(folder: Path, planned: Sequence[Sequence[str]] = ()) -> None:
@@ -112,7 +116,7 @@ def report(folder: Path, planned: Sequence[Sequence[str]] = ()) -> None:
     sweep = read_sweep(folder, planned)
     if not sweep.jobs:
         return
-    _write_csv(sweep, folder / "sweep.csv")
+    write_csv(sweep, folder / "sweep.csv")
     drawn = draw_sweep(sweep, folder / "sweep.png")
     _print(sweep)
     print(f"table        {folder / 'sweep.csv'}")
@@ -120,8 +124,31 @@ def report(folder: Path, planned: Sequence[Sequence[str]] = ()) -> None:
         print(f"picture      {folder / 'sweep.png'}")
 
 
-def read_sweep(folder: Path, planned: Sequence[Sequence[str]] = ()) -> Sweep:
-    """The jobs below a folder, sorted by the settings that differ, numbers as numbers."""
+def evaluated(run: Path) -> Mapping[str, Result]:
+    """The metrics of an evaluation.
+
+    Raises:
+        AntherError: there are none; its message says why.
+    """
+    try:
+        return read_metrics(run)[1]
+    except AntherError as error:
+        there = (run / "metrics.json").exists()
+        raise AntherError("metrics.json is damaged" if there else "failed or not finished") from error
+
+
+def read_sweep(
+    folder: Path,
+    planned: Sequence[Sequence[str]] = (),
+    read: Callable[[Path], Mapping[str, Result]] = evaluated,
+) -> Sweep:
+    """The jobs below a folder, sorted by the settings that differ, numbers as numbers.
+
+    Args:
+        folder: of the sweep.
+        planned: the overrides of each job that was to run, where they are known.
+        read: a job's folder -> its results.
+    """
     jobs = []
     for run in run_folders(folder):
         try:
@@ -130,11 +157,9 @@ def read_sweep(folder: Path, planned: Sequence[Sequence[str]] = ()) -> Sweep:
             jobs.append(Job(run, {}, None, "its .hydra/overrides.yaml is damaged"))
             continue
         try:
-            jobs.append(Job(run, overrides, read_metrics(run)[1]))
-        except AntherError:
-            there = (run / "metrics.json").exists()
-            why = failure(run) or ("metrics.json is damaged" if there else "not finished")
-            jobs.append(Job(run, overrides, None, why))
+            jobs.append(Job(run, overrides, read(run)))
+        except AntherError as error:
+            jobs.append(Job(run, overrides, None, failure(run) or str(error)))
     ran = [job.overrides for job in jobs]
     jobs += [Job(folder, _overrides(p), None, "never begun") for p in planned if _overrides(p) not in ran]
     known = [job.overrides for job in jobs if job.overrides]
@@ -240,7 +265,8 @@ def _scorer(sweep: Sweep, name: str) -> str:
 # The table ------------------------------------------------------------------------------------------------------------
 
 
-def _write_csv(sweep: Sweep, path: Path) -> None:
+def write_csv(sweep: Sweep, path: Path) -> None:
+    """Writes a row per job: its settings, its folder, why it is missing, and its results with all digits."""
     metrics = list(dict.fromkeys(key for job in sweep.jobs for key in job.results or {}))
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -272,10 +298,13 @@ def _print(sweep: Sweep) -> None:
         table.add_row(*map(Text, cells))
     console = Console()
     console.print(table)
-    for job in sweep.failed:
-        console.print(Text(f"missing: {sweep.label(job) or job.folder}: {job.missing} ({job.folder})"), soft_wrap=True)
-    for line in choices(sweep):
+    for line in [*missing(sweep), *choices(sweep)]:
         console.print(Text(line), soft_wrap=True)
+
+
+def missing(sweep: Sweep) -> list[str]:
+    """A line for each job without results."""
+    return [f"missing: {sweep.label(job) or job.folder}: {job.missing} ({job.folder})" for job in sweep.failed]
 
 
 def choices(sweep: Sweep) -> list[str]:

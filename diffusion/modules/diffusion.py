@@ -110,6 +110,10 @@ class Diffusion(lightning.LightningModule):
         augment_dim: int = 0,
     ) -> None:
         super().__init__()
+        if val_times < 1:
+            raise AntherError(f"module.val_times = {val_times} counts evaluations of an image: give 1 or more.")
+        if augment_dim < 0:
+            raise AntherError(f"module.augment_dim = {augment_dim} counts labels: give 0 or more.")
         self.denoiser = denoiser
         self.sampler = sampler
         self.seed = seed

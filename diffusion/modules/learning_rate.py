@@ -6,6 +6,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
+from diffusion.errors import AntherError
+
 
 def plateau(optimizer: Optimizer, total_steps: int, factor: float, patience: int, min_lr: float) -> dict[str, Any]:
     """Multiplies the rate by `factor` when the validation loss has not fallen for `patience` epochs.
@@ -28,8 +30,15 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup_steps: int, fin
         optimizer: whose rate moves.
         total_steps: optimizer steps of the whole run.
         warmup_steps: optimizer steps.
-        final: share of the rate at the end.
+        final: share of the rate at the end, in [0, 1].
+
+    Raises:
+        AntherError: one of them out of its range.
     """
+    if warmup_steps < 0:
+        raise AntherError(f"scheduler.warmup_steps = {warmup_steps} counts steps: give 0 or more.")
+    if not 0 <= final <= 1:
+        raise AntherError(f"scheduler.final = {final} is a share of the rate: choose it in [0, 1].")
 
     def share(step: int) -> float:
         if step < warmup_steps:

@@ -126,6 +126,24 @@ def test_bomb_of_many_members(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("make", [make_zip, make_tar])
+def test_a_bomb_of_empty_files(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(archives, "MAX_FILES", 10)
+    archive = make(tmp_path / "a.bomb", {f"daisy/{i}.jpg": b"" for i in range(11)})
+    with pytest.raises(AntherError, match="more than 10 files"):
+        extract(archive, tmp_path / "out")
+    assert rest(tmp_path, "a.bomb")
+    monkeypatch.setattr(archives, "MAX_FILES", 11)
+    extract(archive, tmp_path / "out")
+
+
+def test_an_archive_in_an_archive_stays_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "_FREE_BYTES", 1 << 20)
+    inner = make_zip(tmp_path / "inner.zip", {"daisy/1.jpg": bytes(50 << 20)}).read_bytes()
+    archive = make_zip(tmp_path / "a.zip", TREE | {"daisy/inner.zip": inner})
+    assert tree(extract(archive, tmp_path / "out")) == TREE | {"daisy/inner.zip": inner}
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar])
 @pytest.mark.parametrize("damage", ["cut", "flip", "text", "empty"])
 def test_damaged_archives(tmp_path, make, damage):
     archive = make(tmp_path / "a.archive", {f"daisy/{i}.jpg": os.urandom(5000) for i in range(4)})
