@@ -34,8 +34,8 @@ class RunRecord(Callback):
             loss = float(trainer.callback_metrics[LOSSES["val"]])
             self._validated = {"step": trainer.global_step, "val": loss}
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        # The epoch's mean of the training loss is there only after this hook, so it is read one epoch later.
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        # The epoch's mean of the training loss is there only after the epoch's last hook.
         self._note(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102

@@ -2,15 +2,19 @@
 
 import errno
 import json
+import locale
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from threading import current_thread, main_thread
+from types import FrameType
 from typing import Any
 
 from diffusion import ranks
-from diffusion.errors import AntherError
+from diffusion.errors import AntherError, Stopped
 from diffusion.files import atomic
 
 RESULT = "result.json"
@@ -22,18 +26,28 @@ FOLDER_FAULTS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EN
 def run(main: Callable[[], Any], job: ranks.Job | None = None) -> None:
     """Runs an entry point; a fault that the user can mend ends it with one sentence and status 1.
 
-    With HYDRA_FULL_ERROR=1 in the environment the whole trace is shown instead.
+    With HYDRA_FULL_ERROR=1 in the environment the whole trace is shown instead. SIGTERM and Ctrl-C end it with a
+    sentence that says how it goes on, and status 143 or 130.
 
     Args:
         main: composes the config and hands the job over; rank 0 alone runs it.
         job: what the other ranks do; None for commands of one process.
     """
-    if job is not None and ranks.is_follower():
+    _speak_utf8()
+    follower = job is not None and ranks.is_follower()
+    if job is not None and follower:
         main = partial(ranks.follow, job)
+    listens = current_thread() is main_thread()
+    handler = signal.signal(signal.SIGTERM, _stop) if listens else None
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print the trace itself and end the process
     try:
         main()
+    except Stopped as stop:
+        if not follower:
+            print(f"stopped by {signal.Signals(stop.number).name}{stop.again}", file=sys.stderr)
+        # Lightning kills rank 0 if another process ends with a status; one that ends with all others has none.
+        sys.exit(0 if follower and stop.together else 128 + stop.number)
     except Exception as error:
         message = None if before == "1" else _sentence(error)
         if message is None:
@@ -41,10 +55,29 @@ def run(main: Callable[[], Any], job: ranks.Job | None = None) -> None:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
     finally:
+        if listens:
+            signal.signal(signal.SIGTERM, handler)
         ranks.leader.end()
         os.environ.pop("HYDRA_FULL_ERROR")
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise Stopped(number)
+
+
+def _speak_utf8() -> None:
+    """Begins anew in Python's UTF-8 mode where the locale has another encoding.
+
+    Prompts, captions and names of files have any letters; Python would read and write them in the locale's encoding,
+    which in many containers is ASCII. What the terminal cannot show is printed as an escape.
+    """
+    if sys.flags.utf8_mode or os.environ.get("PYTHONUTF8") == "1" or locale.getencoding().lower() in ("utf-8", "utf8"):
+        return
+    os.environ |= {"PYTHONUTF8": "1", "PYTHONIOENCODING": f"{sys.stdout.encoding}:backslashreplace"}
+    words = [word.encode("utf-8", "surrogateescape") for word in sys.orig_argv[1:]]
+    os.execv(sys.executable, [os.fsencode(sys.executable), *words])
 
 
 def _sentence(error: BaseException) -> str | None:

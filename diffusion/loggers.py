@@ -27,7 +27,7 @@ class CSVLog(Logger):
     """All metrics in one file: a row per step, a column per metric, `step` first.
 
     A resumed run goes on in the same file: rows from its first step on are those of the run that was killed, and are
-    replaced. Lightning's CSVLogger deletes the file instead.
+    replaced. Lightning's CSVLogger deletes the file instead. `LastCheckpoint` keeps file and checkpoint in step.
 
     Args:
         path: the file.
@@ -71,10 +71,21 @@ class CSVLog(Logger):
         self.save()
 
     @rank_zero_only
+    def cut(self, step: int) -> None:
+        """Goes on in the file with this step: removes its row and those after it."""
+        self._rows = {at: row for at, row in self._read().items() if at < step}
+        self._begun = True
+
+    @rank_zero_only
     def save(self) -> None:
         """Writes the file, unless that was done a moment ago."""
         if time.monotonic() - self._written > FLUSH_SECONDS:
             self._write()
+
+    @rank_zero_only
+    def flush(self) -> None:
+        """Writes the file now."""
+        self._write()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

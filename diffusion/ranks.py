@@ -7,14 +7,18 @@ sweep is swept once, and what a sweeper chose on rank 0 is what all ranks work w
 
 import json
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion.errors import AntherError
+from diffusion.errors import AntherError, Stopped
 from diffusion.files import atomic
+from diffusion.lock import locked
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -44,14 +48,19 @@ class Leader:
             job: what every rank does.
             config: resolved, plain.
             folder: of the run.
+
+        Raises:
+            AntherError: another process works in the folder, or what the job raises.
+            Stopped: a signal ended the job.
         """
         text = json.dumps({"config": config, "folder": str(folder.absolute())})
         if _launcher() is not None:
             self._store = self._store or _store(leads=True)
-            self._store.set(f"{_KEY}/{self._handed}", text)
-            self._handed += 1
-        with _cleaned():
-            if _launcher() is None:
+        with locked(folder), _cleaned(), _stoppable(folder):
+            if self._store is not None:
+                self._store.set(f"{_KEY}/{self._handed}", text)
+                self._handed += 1
+            else:
                 path = folder / ".hydra" / "job.json"
                 with atomic(path) as temporary:
                     temporary.write_text(text)
@@ -81,6 +90,7 @@ def follow(job: Job) -> None:
         AntherError: rank 0 is gone.
     """
     if FILE in os.environ:
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         job(*_read(Path(os.environ[FILE]).read_text()))
         return
     store = _store(leads=False)
@@ -89,6 +99,32 @@ def follow(job: Job) -> None:
         with _cleaned():
             job(*_read(text))
         number += 1
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when the one that started it is gone; whoever runs the command again is alone then."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def _stoppable(folder: Path) -> Iterator[None]:
+    """Adds to a `Stopped`, which Ctrl-C becomes too, how the run goes on."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    try:
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise Stopped(signal.SIGINT) from None
+    except Stopped as stop:
+        word = f"hydra.run.dir={folder}"
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            word = f"hydra.sweep.dir={HydraConfig.get().sweep.dir}"
+        stop.again = f": the same command with {word} goes on where it stopped."
+        raise
 
 
 def _read(text: str) -> tuple[dict[str, Any], Path]:

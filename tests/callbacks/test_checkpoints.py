@@ -111,29 +111,32 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from lightning.pytorch.callbacks import Callback
+from diffusion import cli
 from tests.callbacks.test_checkpoints import LastCheckpoint, run
 
 class Press(Callback):
     def on_before_backward(self, trainer, pl_module, loss):
         if trainer.global_step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.{name})
 
 folder = Path({folder!r})
-run(folder, Press(), LastCheckpoint(folder))
+cli.run(lambda: run(folder, Press(), LastCheckpoint(folder)))
 """
 
 
-def test_ctrl_c_stops_after_the_step_and_the_run_goes_on_exactly(tmp_path, uninterrupted):
-    before = signal.getsignal(signal.SIGINT)
-    script = SCRIPT.format(root=str(Path(__file__).parents[2]), folder=str(tmp_path))
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_stops_after_the_step_and_the_run_goes_on_exactly(tmp_path, uninterrupted, name):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    script = SCRIPT.format(root=str(Path(__file__).parents[2]), folder=str(tmp_path), name=name)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1, result.stderr
+    assert result.returncode == 128 + signal.Signals[name], result.stderr
     assert "the same command goes on" in result.stderr
+    assert f"stopped by {name}" in result.stderr
     assert "Traceback" not in result.stderr
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 6
     m, _, _, _ = run(tmp_path, LastCheckpoint(tmp_path), ckpt=tmp_path / "last.ckpt")
     assert same(weights(m), weights(uninterrupted[0]))
-    assert signal.getsignal(signal.SIGINT) is before
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_a_killed_save_leaves_the_previous_checkpoint(tmp_path):
