@@ -156,6 +156,12 @@ class LastCheckpoint(Checkpoint):
         now = time.monotonic()
         self._not_before = now + (now - start) * (1 / self.share - 1)
 
+    def _means(self, trainer: Trainer, device: torch.device) -> dict[str, Tensor]:
+        """Sum and weight of each running mean, float64, which holds both exactly; a row per process."""
+        sums = {name: torch.stack([total.double(), weight.double()]) for name, (total, weight) in self._sums.items()}
+        pairs = sums or self._earlier
+        return {name: trainer.strategy.all_gather(pair.to(device)).reshape(-1, 2).cpu() for name, pair in pairs.items()}
+
     def _note_means(self, trainer: Trainer) -> None:
         for metric in trainer.fit_loop.epoch_loop._results.values():
             if not (metric.is_tensor and metric.meta.on_epoch and metric.meta.is_mean_reduction):
@@ -182,12 +188,7 @@ class LastCheckpoint(Checkpoint):
             state["batches"] = 0 if between else batches["current"]["processed"]
         # An epoch that was announced and did not begin: the state between two epochs is one that Lightning resumes.
         _set(epochs, "ready", epochs["total"]["started"] - epochs["total"]["ready"])
-        means = {} if between else {name: torch.stack(pair).double() for name, pair in self._sums.items()} or self._earlier
-        # float64 holds both numbers exactly; a row per process.
-        checkpoint[MEANS] = {
-            name: trainer.strategy.all_gather(pair.to(pl_module.device)).reshape(-1, 2).cpu()
-            for name, pair in means.items()
-        }
+        checkpoint[MEANS] = {} if between else self._means(trainer, pl_module.device)
         trained = batches["current"]["processed"] >= trainer.num_training_batches
         unfinished = epochs["total"]["started"] > epochs["total"]["completed"]
         if batches["current"]["processed"] > 0 and not trained and not unfinished and not between:

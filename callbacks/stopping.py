@@ -40,11 +40,12 @@ class StopSignals:
             self._before[number] = signal.signal(number, self._note)
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            assert environment.requeue_signal is not None
             number = environment.requeue_signal
-            handler: Any = signal.getsignal(number)  # type: ignore[arg-type]
+            handler: Any = signal.getsignal(number)
             # Whoever else listens to it, such as submitit, queues the job again by itself.
             if handler == signal.SIG_DFL or type(handler).__module__.startswith("lightning."):
-                self._requeues = int(number)  # type: ignore[arg-type]
+                self._requeues = number
                 self._before[self._requeues] = signal.signal(self._requeues, self._note)
 
     def release(self) -> None:
