@@ -110,6 +110,7 @@ class LastCheckpoint(Checkpoint):
         together = isinstance(exception, Stopped) and exception.together
         alone = trainer.world_size > 1 and not together
         training = trainer.state.fn == TrainerFn.FITTING and trainer.global_step > self._first_step
+        training &= not _at_its_end(trainer)
         # Lightning does not tear callbacks down after an error.
         self._signals.release()
         if isinstance(exception, NonFiniteError) or alone:
@@ -130,7 +131,7 @@ class LastCheckpoint(Checkpoint):
 
     def _after_a_step(self, trainer: Trainer) -> None:
         """Looks at what is due once the step is wholly over, its row of the log included."""
-        if not self._stepped:
+        if not self._stepped or _at_its_end(trainer):
             return
         self._stepped = False
         self._signals.check(trainer)
@@ -164,9 +165,10 @@ class LastCheckpoint(Checkpoint):
 
     def _note_means(self, trainer: Trainer) -> None:
         for metric in trainer.fit_loop.epoch_loop._results.values():
-            if not (metric.is_tensor and metric.meta.on_epoch and metric.meta.is_mean_reduction):
+            meta = metric.meta
+            if not (meta.fx == "training_step" and metric.is_tensor and meta.on_epoch and meta.is_mean_reduction):
                 continue
-            name = metric.meta.forked_name(on_step=False)
+            name = meta.forked_name(on_step=False)
             if name in self._earlier:
                 total, weight = self._earlier.pop(name)
                 metric.value = metric.value + total.to(metric.value)
@@ -240,8 +242,18 @@ class LastCheckpoint(Checkpoint):
 
     def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """Several processes may have other numbers of validation batches, and stop after them."""
-        if trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1:
+        if trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1 and not _at_its_end(trainer):
             self._signals.check(trainer)
+
+
+def _at_its_end(trainer: Trainer) -> bool:
+    """Whether `max_steps` are made and the last epoch is not over.
+
+    Lightning would find nothing left to do in that state, and leave out the epoch's validation: a run that is killed
+    now makes its last steps again.
+    """
+    epochs = trainer.fit_loop.epoch_progress.current
+    return 0 <= trainer.max_steps <= trainer.global_step and epochs.started > epochs.completed
 
 
 def _csv_logs(trainer: Trainer) -> list[CSVLog]:
