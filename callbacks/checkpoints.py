@@ -252,7 +252,7 @@ def _at_its_end(trainer: Trainer) -> bool:
     Lightning would find nothing left to do in that state, and leave out the epoch's validation: a run that is killed
     now makes its last steps again.
     """
-    epochs = trainer.fit_loop.epoch_progress.current
+    epochs: Any = trainer.fit_loop.epoch_progress.current
     return 0 <= trainer.max_steps <= trainer.global_step and epochs.started > epochs.completed
 
 

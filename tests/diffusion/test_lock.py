@@ -38,7 +38,7 @@ def hold(folder, *words):
 
 def test_a_folder_in_use_names_its_owner_and_is_free_at_the_end(tmp_path):
     process = hold(tmp_path)
-    with pytest.raises(AntherError, match="hydra.run.dir") as refusal, locked(tmp_path):
+    with pytest.raises(AntherError, match="choose another") as refusal, locked(tmp_path):
         pass
     said = str(refusal.value)
     assert f"{tmp_path} is in use by process {process.pid} on {socket.gethostname()} since " in said

@@ -60,7 +60,7 @@ class Forks:
             *words: its arguments.
             **how: `inside=True`: in the server itself, which has everything imported after that. `after`: seconds, or
                 `at_step`: optimizer steps, after which the command gets the signal `number` (SIGKILL). `room`: bytes
-                that a file may have.
+                that a file may have. `environment`: more variables.
         """
         start = self.log.stat().st_size if self.log.exists() else 0
         assert self._process.stdin is not None
@@ -120,6 +120,7 @@ def fork(
     at_step: int | None = None,
     number: int = signal.SIGKILL,
     room: int | None = None,
+    environment: dict[str, str] | None = None,
 ) -> int:
     """See `Forks.run`."""
     sys.stdout.flush()
@@ -128,6 +129,7 @@ def fork(
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.environ |= environment or {}
             if room is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
             if at_step is not None:

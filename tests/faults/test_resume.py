@@ -39,3 +39,21 @@ def test_a_killed_run_goes_on_to_the_bit(limit: str, scheduler: str, forks: Fork
     assert difference(trained(tmp_path / "one"), trained(tmp_path / "other")) is None
     rates = {row["lr"] for row in log(tmp_path / "one") if row["lr"]}
     assert len(rates) > 1, "the schedule does nothing, so the test says nothing about it"
+
+
+@pytest.mark.slow
+def test_two_ranks_are_killed_and_stopped_and_go_on_to_the_bit(forks: Forks, whole: Path, tmp_path: Path) -> None:
+    """Rank 0 alone gets the signals; rank 1 is a process that Lightning started."""
+    words = ["train.py", *TRAIN, "trainer=ddp_sim", "scheduler.warmup_steps=3"]
+    one, other = (f"hydra.run.dir={tmp_path / name}" for name in ("one", "other"))
+    assert (ended := forks.run(*words, one)).status == 0, ended.printed
+    assert forks.run(*words, other, at_step=7).status == -9
+    rare = "callbacks.last.every_n_steps=1000"
+    ended = forks.run(*words, rare, other, at_step=12, number=15)
+    assert ended.status == 143, ended.printed
+    assert "stopped by SIGTERM" in ended.printed
+    last = checkpoint.read(tmp_path / "other" / "checkpoints" / "last.ckpt")
+    assert last["global_step"] == 13
+    assert all(len(rows) == 2 for rows in last["epoch_means"].values())
+    assert (ended := forks.run(*words, other)).status == 0, ended.printed
+    assert difference(trained(tmp_path / "one"), trained(tmp_path / "other")) is None
