@@ -117,6 +117,7 @@ class LastCheckpoint(Checkpoint):
             return
         if training:
             try:
+                self._end_batch(trainer)
                 self._save(trainer)
             except Exception as error:
                 # The first fault is the one to report.
@@ -162,6 +163,13 @@ class LastCheckpoint(Checkpoint):
         sums = {name: torch.stack([total.double(), weight.double()]) for name, (total, weight) in self._sums.items()}
         pairs = sums or self._earlier
         return {name: trainer.strategy.all_gather(pair.to(device)).reshape(-1, 2).cpu() for name, pair in pairs.items()}
+
+    def _end_batch(self, trainer: Trainer) -> None:
+        """Gives the log the row of a batch that the optimizer used and that broke off before its end."""
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current
+        if trainer.training and batches.processed > batches.completed:
+            self._note_means(trainer)
+            trainer._logger_connector.update_train_step_metrics()
 
     def _note_means(self, trainer: Trainer) -> None:
         for metric in trainer.fit_loop.epoch_loop._results.values():

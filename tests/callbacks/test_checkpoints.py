@@ -14,6 +14,7 @@ from callbacks.ema import EMA
 from callbacks.nan_guard import NanGuard
 from diffusion.checkpoint_io import AtomicCheckpointIO
 from diffusion.errors import AntherError
+from diffusion.loggers import CSVLog
 from tests.callbacks.tiny_training import Dots, module, nervous_plateau, same, trainer, weights
 
 EPOCHS = 4
@@ -45,8 +46,9 @@ class Boom(Callback):
 
 def run(folder, *callbacks, epochs=EPOCHS, ckpt=None, **options):
     m, ema, trace = module(scheduler=nervous_plateau, lr=1e-2), EMA(), Trace()
-    t = trainer(folder, ema, trace, *callbacks, max_epochs=epochs, **options)
+    t = trainer(folder, ema, trace, *callbacks, max_epochs=epochs, logger=CSVLog(folder / "metrics.csv"), **options)
     t.fit(m, datamodule=Dots(), ckpt_path=ckpt, weights_only=True)
+    ema.folder = folder
     return m, ema, trace, t
 
 
@@ -87,6 +89,10 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, uninterrupted,
     for got, wanted in [(trace.lr, whole_trace.lr), (trace.val, whole_trace.val), (trace.stepped, whole_trace.stepped)]:
         assert got == wanted[-len(got) :]
     assert len(trace.lr) in (2, 3)
+    # A row per step, the epochs' means with what was averaged before the interruption.
+    log = CSVLog(whole_ema.folder / "metrics.csv")._read()
+    assert [sorted(row) for row in log.values()].count(["epoch", "train/loss_step"]) == 12
+    assert CSVLog(tmp_path / "metrics.csv")._read() == log
 
 
 def test_a_run_that_ends_within_an_epoch_goes_on_from_there(tmp_path):
