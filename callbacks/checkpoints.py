@@ -246,7 +246,9 @@ class LastCheckpoint(Checkpoint):
         """Lets a resumed epoch end like any other: while it counts as restarting, no plateau scheduler is asked."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._after_a_step(trainer)
-            trainer.fit_loop.restarting = False
+            # Not by its setter, which makes it true under max_steps.
+            trainer.fit_loop._restarting = False
+            trainer.fit_loop.epoch_loop.restarting = False
 
     def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """Several processes may have other numbers of validation batches, and stop after them."""

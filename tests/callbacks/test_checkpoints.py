@@ -102,6 +102,14 @@ def test_a_run_that_ends_within_an_epoch_goes_on_from_there(tmp_path):
     assert same(weights(m), weights(whole))
 
 
+def test_checkpoints_leave_the_schedule_alone(tmp_path):
+    """Lightning counts a run by steps as restarting once its loop is told that it is not."""
+    _, _, plain, _ = run(tmp_path / "a", epochs=None, max_steps=12)
+    _, _, saved, _ = run(tmp_path, LastCheckpoint(tmp_path), epochs=None, max_steps=12)
+    assert saved.lr == plain.lr
+    assert len(set(plain.lr)) == 2
+
+
 def test_a_best_checkpoint_can_be_gone_on_from(tmp_path, uninterrupted):
     best = BestCheckpoint(
         dirpath=tmp_path, filename="best{epoch}", monitor="val/loss", save_top_k=-1, auto_insert_metric_name=False
