@@ -60,7 +60,8 @@ class Forks:
             *words: its arguments.
             **how: `inside=True`: in the server itself, which has everything imported after that. `after`: seconds, or
                 `at_step`: optimizer steps, after which the command gets the signal `number` (SIGKILL). `room`: bytes
-                that a file may have. `environment`: more variables.
+                that a file may have. `environment`: more variables. `clock`:
+                seconds by which the clock is wrong.
         """
         start = self.log.stat().st_size if self.log.exists() else 0
         assert self._process.stdin is not None
@@ -121,6 +122,7 @@ def fork(
     number: int = signal.SIGKILL,
     room: int | None = None,
     environment: dict[str, str] | None = None,
+    clock: float = 0.0,
 ) -> int:
     """See `Forks.run`."""
     sys.stdout.flush()
@@ -130,6 +132,8 @@ def fork(
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.environ |= environment or {}
+            now = time.time
+            time.time = lambda: now() + clock
             if room is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
             if at_step is not None:

@@ -194,3 +194,68 @@ def test_two_runs_in_one_folder(forks: Forks, whole: Path, tmp_path: Path) -> No
     printed = first.communicate(timeout=120)[0]
     assert first.returncode == 143, printed
     assert not (folder / ".lock").exists()
+
+
+@pytest.mark.slow
+def test_wandb_that_is_not_there_is_told_and_training_goes_on(forks: Forks, whole: Path, tmp_path: Path) -> None:
+    nobody = {"WANDB_MODE": "", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    words = [*TRAIN, "logger=wandb", f"hydra.run.dir={tmp_path / 'run'}"]
+    ended = forks.run("train.py", *words, environment=nobody)
+    assert ended.status == 0, ended.printed
+    assert "W&B: recording offline under" in ended.printed
+    assert "for http://127.0.0.1:9 cannot be reached ([Errno 111] Connection refused)" in ended.printed
+    assert list((tmp_path / "run" / "logs" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.slow
+def test_a_clock_that_is_set_back_changes_nothing(
+    forks: Forks, whole: Path, whole_evaluation: Path, tmp_path: Path
+) -> None:
+    train = ["train.py", *TRAIN, f"hydra.run.dir={tmp_path / 'trained'}"]
+    assert forks.run(*train, at_step=12, clock=3e8).status == -9
+    for path in (tmp_path / "trained").rglob("*"):
+        os.utime(path, (4e9, 4e9))
+    assert forks.run(*train, clock=-3e8).status == 0
+    assert difference(trained(whole), trained(tmp_path / "trained")) is None
+    words = ["evaluate.py", f"ckpt={whole}/checkpoints/last.ckpt", *EVALUATE, f"hydra.run.dir={tmp_path / 'evaluated'}"]
+    forks.run(*words, after=1.0, clock=3e8)
+    assert forks.run(*words, clock=-3e8).status == 0
+    assert difference(evaluated(whole_evaluation), evaluated(tmp_path / "evaluated")) is None
+
+
+@pytest.mark.slow
+def test_a_locale_of_another_encoding_changes_nothing(forks: Forks, whole: Path, tmp_path: Path) -> None:
+    rng, classes = np.random.default_rng(0), ["weiße_blüte", "雏菊"]
+    for name in classes:
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for k in range(4):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{k}.png")
+    words = ["experiment=flowers_small", "conditioner=labels", f"data.classes=[{','.join(classes)}]", "data.nouns={}"]
+    words += [f"data.path={tmp_path / 'photos'}", "data.split={train: 0.5, val: 0.5}", "data.batch_size=2"]
+    words += ["network.down_chs=[32,32,32]", "network.c_embed_dim=2", "callbacks.samples=null"]
+    words += ["trainer.max_steps=2", "trainer.max_epochs=-1", "trainer.check_val_every_n_epoch=1"]
+    quick = ["sampler=ddim", "sampler.steps=2", "num_images=4", "batch_size=2", "clip=null", "nearest=null"]
+    quick += ["inception=null", "dataset=null", f"prompts=[{','.join(classes)}]"]
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG"))} | ascii_only
+    left = {}
+    for locale in ("own", "ascii"):
+        folder = tmp_path / locale
+        for script, more, where in (
+            ("train.py", words, folder),
+            ("evaluate.py", [f"ckpt={tmp_path}/own/checkpoints/last.ckpt", *quick], folder / "evaluated"),
+        ):
+            more = [*more, f"hydra.run.dir={where}"]
+            if locale == "own":
+                ended = forks.run(script, *more)
+                assert ended.status == 0, ended.printed
+            else:
+                command = [word.encode() for word in (sys.executable, script, *more)]
+                done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=280)
+                assert done.returncode == 0, done.stderr.decode()
+        left[locale] = trained(folder), evaluated(folder / "evaluated")
+    assert difference(left["own"][0], left["ascii"][0]) is None
+    for metrics in (left["own"][1]["metrics"], left["ascii"][1]["metrics"]):
+        assert metrics["run"]["prompts"] == classes
+    assert difference(left["own"][1], left["ascii"][1]) is None
