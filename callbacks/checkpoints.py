@@ -97,8 +97,9 @@ class LastCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets the epoch's means; an epoch of which a resumed run trained no batch gets them here."""
         for name, sums in self._earlier.items():
-            total, weight = trainer.strategy.reduce(sums.to(pl_module.device), reduce_op="sum")
-            pl_module.log(name, (total / weight).float())
+            # In Lightning's own steps and precision, so that the result is the same to the bit.
+            total, weight = trainer.strategy.reduce(sums.float().to(pl_module.device), reduce_op="mean")
+            pl_module.log(name, total / weight)
         self._sums, self._earlier = {}, {}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
@@ -166,7 +167,7 @@ class LastCheckpoint(Checkpoint):
 
     def _end_batch(self, trainer: Trainer) -> None:
         """Gives the log the row of a batch that the optimizer used and that broke off before its end."""
-        batches = trainer.fit_loop.epoch_loop.batch_progress.current
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         if trainer.training and batches.processed > batches.completed:
             self._note_means(trainer)
             trainer._logger_connector.update_train_step_metrics()

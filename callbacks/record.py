@@ -20,6 +20,12 @@ class RunRecord(Callback):
         self._validated: dict[str, float] = {}  # what the last validation gave, and after which step
         self._batches = 0
 
+    @property
+    def validated_at(self) -> int | None:
+        """Optimizer steps before the last validation, whichever process took it."""
+        step = self._validated.get("step")
+        return None if step is None else int(step)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         count = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         config: dict[str, Any] = getattr(pl_module, "config", {})

@@ -55,7 +55,7 @@ def run(main: Callable[[], Any], job: ranks.Job | None = None) -> None:
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
     finally:
-        if listens:
+        if handler is not None:
             signal.signal(signal.SIGTERM, handler)
         ranks.leader.end()
         os.environ.pop("HYDRA_FULL_ERROR")

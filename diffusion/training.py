@@ -133,8 +133,13 @@ def _same_data(
 def _objective(trainer: lightning.Trainer, module: Any, datamodule: Any, metric: str) -> float:
     metrics: dict[str, Any] = dict(trainer.callback_metrics)
     if metric not in metrics or getattr(module, "validated_at", trainer.global_step) != trainer.global_step:
-        # The run ended between two validations, and what stands there belongs to earlier weights.
+        # The run ended between two validations, and what stands there belongs to earlier weights; or an earlier process
+        # took the last one, logged it, and was killed before it said so.
+        loggers = trainer.loggers
+        if any(getattr(part, "validated_at", None) == trainer.global_step for part in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.loggers = []
         metrics |= trainer.validate(module, datamodule, verbose=False)[0]
+        trainer.loggers = loggers
     if metric not in metrics:
         known = ", ".join(sorted(metrics))
         raise AntherError(f"the objective {metric!r} was never logged; set objective to one of: {known}.")

@@ -28,10 +28,10 @@ TRAIN = [
 ]
 EVALUATE = [
     "prompts=[a red rose,two white daisies,a yellow sunflower]",
-    "num_images=24",
+    "num_images=14",
     "sampler=ddim",
     "sampler.steps=2",
-    "batch_size=3",
+    "batch_size=2",
     "clip.model=anther-flowers-32",
     "clip.pretrained=embedded",
     "nearest.space=pixels",
