@@ -1,20 +1,27 @@
 """The checkpoints of a run: last.ckpt, from which it goes on, and the best by some measure."""
 
 import logging
-import signal
 import time
 from pathlib import Path
-from threading import current_thread, main_thread
-from types import FrameType
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from callbacks.nan_guard import NonFiniteError
+from callbacks.stopping import StopSignals
+from diffusion.checkpoint import LAST, PREVIOUS
+from diffusion.errors import Stopped
+from diffusion.files import keep_as
+from diffusion.loggers import CSVLog
 
 log = logging.getLogger(__name__)
+
+MEANS = "epoch_means"
+"""In a checkpoint: sum and weight of the running means of a training epoch, by name, a row per process."""
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -41,9 +48,13 @@ class LastCheckpoint(Checkpoint):
     It is written when an epoch is over, schedulers included; every `every_n_steps` optimizer steps; at the end of the
     fit; and when the run is broken off. Saves between the first and the last are left out while they would take more
     than `share` of the time, so a kill costs little work and large networks with short epochs do not train slower.
+    The one before is kept as `previous.ckpt`.
 
-    Ctrl-C is answered after the running optimizer step, where the run can go on exactly; a second one at once. What a
-    step with a loss that is no number leaves behind is never saved.
+    Ctrl-C, SIGTERM and SLURM's signal are answered after the running optimizer step, where the run can go on exactly;
+    a second Ctrl-C at once. What a step with a loss that is no number leaves behind is never saved.
+
+    The rows of a `CSVLog` and the running means of an epoch go with the checkpoint: a resumed run logs every step once,
+    with the values that an uninterrupted one logs.
 
     Args:
         dirpath: folder of the checkpoint.
@@ -52,65 +63,82 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, dirpath: str | Path, every_n_steps: int = 500, share: float = 0.05) -> None:
-        self.last_path = Path(dirpath) / "last.ckpt"
+        self.last_path = Path(dirpath) / LAST
         self.every_n_steps = every_n_steps
         self.share = share
         self._not_before = 0.0
         self._step_before = 0  # optimizer steps when the running batch began
+        self._stepped = False  # since the last look at what is due
+        self._first_step = 0  # of this fit
         self._loader_state: dict[str, Any] | None = None
-        self._interrupted = False
-        self._old_handler: Any = None
+        self._signals = StopSignals()
+        # Sum and weight of what Lightning averages over the training epoch: by name, of this process so far, and of
+        # the part of the epoch that an earlier run trained.
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self._earlier: dict[str, Tensor] = {}
 
     # When to save ---------------------------------------------------------------------------------------------------
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the epoch before this one: only now the plateau scheduler has seen its validation loss."""
+        self._stepped = False
+        self._signals.check(trainer)
         if trainer.current_epoch > 0:
             self._save_if_due(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:  # noqa: D102
+        self._after_a_step(trainer)
         self._step_before = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:  # noqa: D102
-        if trainer.global_step == self._step_before:
-            return
-        if self._interrupted:
-            raise KeyboardInterrupt
-        if trainer.global_step % self.every_n_steps == 0:
-            self._save_if_due(trainer)
+        self._note_means(trainer)
+        self._stepped |= trainer.global_step > self._step_before
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets the epoch's means; an epoch of which a resumed run trained no batch gets them here."""
+        for name, sums in self._earlier.items():
+            # In Lightning's own steps and precision, so that the result is the same to the bit.
+            total, weight = trainer.strategy.reduce(sums.float().to(pl_module.device), reduce_op="mean")
+            pl_module.log(name, total / weight)
+        self._sums, self._earlier = {}, {}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._save(trainer)
+        self._signals.check(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves what there is, if it is good and all processes are here."""
-        alone = trainer.world_size > 1 and not isinstance(exception, KeyboardInterrupt)
-        training = trainer.state.fn == TrainerFn.FITTING and trainer.global_step > 0
+        together = isinstance(exception, Stopped) and exception.together
+        alone = trainer.world_size > 1 and not together
+        training = trainer.state.fn == TrainerFn.FITTING and trainer.global_step > self._first_step
+        training &= not _at_its_end(trainer)
         # Lightning does not tear callbacks down after an error.
-        self._release()
-        if isinstance(exception, NonFiniteError) or alone or not training:
+        self._signals.release()
+        if isinstance(exception, NonFiniteError) or alone:
             return
-        try:
-            self._save(trainer)
-        except Exception as error:
-            # The first fault is the one to report.
-            log.warning("no checkpoint could be written: %s", error)
-            return
-        log.warning("stopped at step %d; the same command goes on from %s", trainer.global_step, self.last_path)
+        if training:
+            try:
+                self._end_batch(trainer)
+                self._save(trainer)
+            except Exception as error:
+                # The first fault is the one to report.
+                log.warning("no checkpoint could be written: %s", error)
+                return
+            log.warning("stopped at step %d; the same command goes on from %s", trainer.global_step, self.last_path)
+        if isinstance(exception, Stopped) and trainer.is_global_zero:
+            self._signals.requeue(exception.number)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
-        self._release()
+        self._signals.release()
 
-    def _release(self) -> None:
-        # When Ctrl-C ends the run, Lightning ignores further ones until it is over; that is left as it is.
-        if signal.getsignal(signal.SIGINT) == self._on_interrupt:
-            signal.signal(signal.SIGINT, self._old_handler)
-
-    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self._interrupted:
-            raise KeyboardInterrupt
-        self._interrupted = True
-        log.warning("stopping after this step; Ctrl-C again stops at once")
+    def _after_a_step(self, trainer: Trainer) -> None:
+        """Looks at what is due once the step is wholly over, its row of the log included."""
+        if not self._stepped or _at_its_end(trainer):
+            return
+        self._stepped = False
+        self._signals.check(trainer)
+        if trainer.global_step % self.every_n_steps == 0:
+            self._save_if_due(trainer)
 
     # How to save ----------------------------------------------------------------------------------------------------
 
@@ -122,9 +150,39 @@ class LastCheckpoint(Checkpoint):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         start = time.monotonic()
+        for logger in _csv_logs(trainer):
+            # The log is never behind the checkpoint; where it is ahead, a resumed run cuts it.
+            logger.flush()
+        if trainer.is_global_zero and self.last_path.exists():
+            keep_as(self.last_path, self.last_path.with_name(PREVIOUS))
         trainer.save_checkpoint(self.last_path, weights_only=False)
         now = time.monotonic()
         self._not_before = now + (now - start) * (1 / self.share - 1)
+
+    def _means(self, trainer: Trainer, device: torch.device) -> dict[str, Tensor]:
+        """Sum and weight of each running mean, float64, which holds both exactly; a row per process."""
+        sums = {name: torch.stack([total.double(), weight.double()]) for name, (total, weight) in self._sums.items()}
+        pairs = sums or self._earlier
+        return {name: trainer.strategy.all_gather(pair.to(device)).reshape(-1, 2).cpu() for name, pair in pairs.items()}
+
+    def _end_batch(self, trainer: Trainer) -> None:
+        """Gives the log the row of a batch that the optimizer used and that broke off before its end."""
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        if trainer.training and batches.processed > batches.completed:
+            self._note_means(trainer)
+            trainer._logger_connector.update_train_step_metrics()
+
+    def _note_means(self, trainer: Trainer) -> None:
+        for metric in trainer.fit_loop.epoch_loop._results.values():
+            meta = metric.meta
+            if not (meta.fx == "training_step" and metric.is_tensor and meta.on_epoch and meta.is_mean_reduction):
+                continue
+            name = meta.forked_name(on_step=False)
+            if name in self._earlier:
+                total, weight = self._earlier.pop(name)
+                metric.value = metric.value + total.to(metric.value)
+                metric.cumulated_batch_size = metric.cumulated_batch_size + weight.to(metric.cumulated_batch_size)
+            self._sums[name] = (metric.value, metric.cumulated_batch_size)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Mends what Lightning's loops do not know of themselves when they are saved at an unusual moment."""
@@ -141,6 +199,7 @@ class LastCheckpoint(Checkpoint):
             state["batches"] = 0 if between else batches["current"]["processed"]
         # An epoch that was announced and did not begin: the state between two epochs is one that Lightning resumes.
         _set(epochs, "ready", epochs["total"]["started"] - epochs["total"]["ready"])
+        checkpoint[MEANS] = {} if between else self._means(trainer, pl_module.device)
         trained = batches["current"]["processed"] >= trainer.num_training_batches
         unfinished = epochs["total"]["started"] > epochs["total"]["completed"]
         if batches["current"]["processed"] > 0 and not trained and not unfinished and not between:
@@ -158,12 +217,22 @@ class LastCheckpoint(Checkpoint):
             fit["epoch_loop.val_loop.batch_progress"] |= {"total": dict(begun), "current": dict(begun)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remembers where in its epoch the loader was."""
+        """Remembers where in its epoch the loader was, and what had been averaged."""
         states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         self._loader_state = states[0] if states else None
+        self._first_step = checkpoint["global_step"]
+        rank, world = trainer.global_rank, trainer.world_size
+        for name, rows in checkpoint.get(MEANS, {}).items():
+            # Other processes than those that saved: the first takes all.
+            self._earlier[name] = rows[rank] if len(rows) == world else rows.sum(0) * (rank == 0)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Cuts from the log what an earlier run trained after the checkpoint."""
+        for logger in _csv_logs(trainer):
+            logger.cut(self._first_step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the loader there, and waits for Ctrl-C.
+        """Puts the loader where it was, and waits for signals.
 
         Lightning forgets the loader's state when a learning rate schedule asked for the number of steps.
         """
@@ -171,16 +240,35 @@ class LastCheckpoint(Checkpoint):
         if self._loader_state is not None:
             loader.load_state_dict(self._loader_state)
         self._loader_state = None
-        # With several processes each would stop after another step and wait for the others for ever. Not earlier than
-        # here: Lightning puts back the handlers that it found at the beginning of the fit.
-        if trainer.world_size == 1 and current_thread() is main_thread():
-            self._interrupted = False
-            self._old_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+        # Not earlier than here: Lightning puts back the handlers that it found at the beginning of the fit.
+        self._signals.watch(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets a resumed epoch end like any other: while it counts as restarting, no plateau scheduler is asked."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            trainer.fit_loop.restarting = False
+            self._after_a_step(trainer)
+            # Not by its setter, which makes it true under max_steps.
+            trainer.fit_loop._restarting = False
+            trainer.fit_loop.epoch_loop.restarting = False
+
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Several processes may have other numbers of validation batches, and stop after them."""
+        if trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1 and not _at_its_end(trainer):
+            self._signals.check(trainer)
+
+
+def _at_its_end(trainer: Trainer) -> bool:
+    """Whether `max_steps` are made and the last epoch is not over.
+
+    Lightning would find nothing left to do in that state, and leave out the epoch's validation: a run that is killed
+    now makes its last steps again.
+    """
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    return 0 <= trainer.max_steps <= trainer.global_step and epochs.started > epochs.completed
+
+
+def _csv_logs(trainer: Trainer) -> list[CSVLog]:
+    return [logger for logger in trainer.loggers if isinstance(logger, CSVLog)]
 
 
 def _set(progress: dict[str, Any], name: str, change: int) -> None:

@@ -62,6 +62,8 @@ class EMA(Callback):
             )
         else:
             self._average = {name: self._average[name].to(tensor, copy=True) for name, tensor in live.items()}
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:  # noqa: D102
         self._steps_seen = trainer.global_step
 
     @torch.no_grad()
@@ -69,7 +71,6 @@ class EMA(Callback):
         """Updates the average if an optimizer step was taken: not after every batch under accumulation."""
         if trainer.global_step == self._steps_seen:
             return
-        self._steps_seen = trainer.global_step
         live = _tensors(pl_module)
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         moving = [name for name, tensor in live.items() if tensor.is_floating_point()]

@@ -20,6 +20,12 @@ class RunRecord(Callback):
         self._validated: dict[str, float] = {}  # what the last validation gave, and after which step
         self._batches = 0
 
+    @property
+    def validated_at(self) -> int | None:
+        """Optimizer steps before the last validation, whichever process took it."""
+        step = self._validated.get("step")
+        return None if step is None else int(step)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         count = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
         config: dict[str, Any] = getattr(pl_module, "config", {})
@@ -34,8 +40,8 @@ class RunRecord(Callback):
             loss = float(trainer.callback_metrics[LOSSES["val"]])
             self._validated = {"step": trainer.global_step, "val": loss}
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        # The epoch's mean of the training loss is there only after this hook, so it is read one epoch later.
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        # The epoch's mean of the training loss is there only after the epoch's last hook.
         self._note(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102

@@ -1,5 +1,6 @@
 """Checkpoints: what one is, whether it fits, and the model inside."""
 
+import shlex
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from diffusion.guidance import Guidance
 from diffusion.modules.diffusion import Diffusion
 from diffusion.networks.unet import UNet
 from diffusion.networks.upstream import load_upstream
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+"""Of a run: the checkpoint that it goes on from, and the one before."""
 
 
 def read(path: Path | str) -> dict[str, Any]:
@@ -37,13 +41,30 @@ def _content(path: Path | str) -> Any:
             f"there is no checkpoint at {path}: give ckpt= the path of a file such as checkpoints/last.ckpt."
         )
     try:
-        # Only the archive format can be mapped; older files are read whole.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        archive = zipfile.is_zipfile(path)  # older files are none, can not be mapped, and are read whole
+        if archive:
+            _check_sums(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except Exception as error:  # torch raises a dozen types here, all of them meaning the same to the user
         raise AntherError(
-            f"{path} is not a whole checkpoint (truncated, of another kind, or with more than plain data in it): use "
-            "another one."
+            f"{path} is not a whole checkpoint (truncated, changed, of another kind, or with more than plain data in "
+            f"it): {_instead(path)}."
         ) from error
+
+
+def _check_sums(path: Path) -> None:
+    """Holds every record of an archive against the checksum that was written with it, which torch does not."""
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is another")
+
+
+def _instead(path: Path) -> str:
+    previous = path.with_name(PREVIOUS)
+    if path.name != LAST or not previous.exists():
+        return "use another one"
+    move = shlex.join(["mv", str(previous), str(path)])
+    return f"to go on from the one before it, type `{move}` and the same command again"
 
 
 def _is_ours(content: Any) -> bool:

@@ -1,5 +1,6 @@
 """Checkpoints that are whole or absent."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +33,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                     f"cannot write {path} whole: free some space or choose another hydra.run.dir; the checkpoint that "
                     "lay there is kept."
                 ) from error
+            # On the disk before it takes the name of the one before it, also when the machine loses its power.
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())

@@ -2,15 +2,18 @@
 
 import errno
 import json
+import locale
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 from diffusion import ranks, secrecy, sweeps
 from diffusion.build import closest
-from diffusion.errors import AntherError
+from diffusion.errors import AntherError, Stopped
 from diffusion.files import atomic
 
 RESULT = "result.json"
@@ -35,41 +38,71 @@ FOLDER_FAULTS = (
 def run(main: Callable[[], Any], several: bool = False) -> None:
     """Runs an entry point; a fault that the user can mend ends it with one sentence and status 1.
 
-    With HYDRA_FULL_ERROR=1 in the environment the whole trace is shown instead.
+    With HYDRA_FULL_ERROR=1 in the environment the whole trace is shown instead. SIGTERM and Ctrl-C end it with a
+    sentence that says how it goes on, and status 143 or 130.
 
     Args:
         main: composes the config and hands the job over; rank 0 alone runs it.
         several: whether it may be started as several ranks; the others then do what rank 0 says.
     """
+    _speak_utf8()
     if several and ranks.is_of_torchrun():
         ranks.end_with_parent()  # torchrun ends its processes, but not if it is killed
-    if several and ranks.is_follower():
+    follower = several and ranks.is_follower()
+    if follower:
         main = ranks.follow
+    listens = current_thread() is main_thread()
+    handler = signal.signal(signal.SIGTERM, ranks.stop) if listens else None
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print the trace itself and end the process
     try:
         secrecy.check_words(sys.argv[1:])
         main()
+    except Stopped as stop:
+        if not follower:
+            print(f"stopped by {signal.Signals(stop.number).name}{stop.again}", file=sys.stderr)
+        # Lightning kills rank 0 if another process ends with a status; one that ends with all others has none.
+        sys.exit(0 if follower and stop.together else 128 + stop.number)
     except Exception as error:
         message = None if before == "1" else sentence(error)
         if sweeps.report_failures():
             sys.exit(1)
         if message is None:
             raise
-        print(f"error: {secrecy.hidden(message)}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
     else:
         if sweeps.report_failures():
             sys.exit(1)
     finally:
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)
         ranks.leader.end()
         os.environ.pop("HYDRA_FULL_ERROR")
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
+def _speak_utf8() -> None:
+    """Begins anew in Python's UTF-8 mode where the locale has another encoding.
+
+    Prompts, captions and names of files have any letters; Python would read and write them in the locale's encoding,
+    which in many containers is ASCII. What the terminal cannot show is printed as an escape.
+    """
+    if sys.flags.utf8_mode or os.environ.get("PYTHONUTF8") == "1" or locale.getencoding().lower() in ("utf-8", "utf8"):
+        return
+    os.environ |= {"PYTHONUTF8": "1", "PYTHONIOENCODING": f"{sys.stdout.encoding}:backslashreplace"}
+    words = [word.encode("utf-8", "surrogateescape") for word in sys.orig_argv[1:]]
+    os.execv(sys.executable, [os.fsencode(sys.executable), *words])
+
+
 def sentence(error: BaseException) -> str | None:
-    """What to tell the user, or None for a fault that is ours."""
+    """What to tell the user, without tokens and passwords, or None for a fault that is ours."""
+    text = _sentence(error)
+    return None if text is None else secrecy.hidden(text)
+
+
+def _sentence(error: BaseException) -> str | None:
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
 

@@ -2,12 +2,16 @@
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from diffusion.errors import AntherError
+
+TEMPORARY = ".part-"
+"""How the names of files begin that are not whole yet."""
 
 
 @contextmanager
@@ -23,7 +27,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY}{path.stem}-", suffix=path.suffix)
     except OSError as error:
         raise AntherError(f"cannot write {path}: {error.strerror}; choose another folder or free it.") from error
     os.close(handle)
@@ -43,6 +47,29 @@ def atomic(path: Path | str) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def keep_as(path: Path, kept: Path) -> None:
+    """Gives the content of a file a second name, in place of what had that name; `path` is there all the time.
+
+    Raises:
+        AntherError: as `atomic`.
+    """
+    with atomic(kept) as temporary:
+        temporary.unlink()
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, temporary)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what a killed process left half written in a run's folder; runs in folders inside it are left alone."""
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not (Path(root) / name / ".hydra").exists()]
+        for name in files:
+            if name.startswith(TEMPORARY):
+                (Path(root) / name).unlink(missing_ok=True)
 
 
 def sha256(path: Path | str) -> str:

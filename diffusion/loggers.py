@@ -9,7 +9,9 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError
 from urllib.parse import urlparse
+from urllib.request import Request, urlopen
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -20,14 +22,16 @@ from diffusion.files import atomic
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import WandbLogger
 
-FLUSH_SECONDS = 2.0  # a killed run loses no more of its log than this
+FLUSH_SECONDS = 2.0  # between two looks at the log file from outside
+REACH_SECONDS = 10.0  # for the first answer of W&B's server
+FINISH_SECONDS = 300.0  # for the last of it
 
 
 class CSVLog(Logger):
     """All metrics in one file: a row per step, a column per metric, `step` first.
 
     A resumed run goes on in the same file: rows from its first step on are those of the run that was killed, and are
-    replaced. Lightning's CSVLogger deletes the file instead.
+    replaced. Lightning's CSVLogger deletes the file instead. `LastCheckpoint` keeps file and checkpoint in step.
 
     Args:
         path: the file.
@@ -71,10 +75,21 @@ class CSVLog(Logger):
         self.save()
 
     @rank_zero_only
+    def cut(self, step: int) -> None:
+        """Goes on in the file with this step: removes its row and those after it."""
+        self._rows = {at: row for at, row in self._read().items() if at < step}
+        self._begun = True
+
+    @rank_zero_only
     def save(self) -> None:
         """Writes the file, unless that was done a moment ago."""
         if time.monotonic() - self._written > FLUSH_SECONDS:
             self._write()
+
+    @rank_zero_only
+    def flush(self) -> None:
+        """Writes the file now."""
+        self._write()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -103,7 +118,10 @@ def wandb_logger(project: str, save_dir: str | Path, name: str | None = None, **
     """A W&B logger; without an account it records the run on disk and says so.
 
     An account is the variable WANDB_API_KEY or an entry for W&B's host in the netrc file, as `wandb login` makes it;
-    WANDB_MODE overrules. A run's id is kept beside its files, so a resumed run goes on under the same id.
+    WANDB_MODE overrules. A server that does not answer is no reason to stop: the run is recorded on disk too, and one
+    that goes away later is waited for at the end, FINISH_SECONDS at most. A run's id is kept beside its files, so a
+    resumed run goes on under the same id. What it logged after its last checkpoint stands there twice: W&B has no way
+    to take rows back but on its own server.
 
     Args:
         project: W&B project.
@@ -111,25 +129,45 @@ def wandb_logger(project: str, save_dir: str | Path, name: str | None = None, **
         name: of the run; None takes the name of the run's folder.
         **options: of `wandb.init`, e.g. `entity`, `group`, `tags`.
     """
+    import wandb
     from lightning.pytorch.loggers import WandbLogger
 
     folder = Path(save_dir)
     mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_account() else "offline")
+    reason = "" if has_wandb_account() else ", for no account was found"
+    if mode == "online" and (fault := _unreachable(_wandb_url())) is not None:
+        mode, reason = "offline", f", for {_wandb_url()} cannot be reached ({fault})"
     if mode == "offline":
         rank_zero_only(print)(
-            f"W&B: recording offline under {folder / 'wandb'}"
-            + ("" if has_wandb_account() else ", for no account was found")
-            + "; `wandb sync` on its folder uploads the run later."
+            f"W&B: recording offline under {folder / 'wandb'}{reason}; `wandb sync` on its folder uploads the run "
+            "later."
         )
+    options = {"settings": wandb.Settings(finish_timeout=FINISH_SECONDS), **options}
     options = {"mode": mode, "id": _run_id(folder), **options}
     return WandbLogger(project=project, save_dir=folder, name=name or folder.absolute().parent.name, **options)
+
+
+def _wandb_url() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
+@rank_zero_only
+def _unreachable(url: str) -> str | None:
+    """Why nothing answers at an address, or None."""
+    try:
+        with urlopen(Request(url, method="HEAD"), timeout=REACH_SECONDS):
+            return None
+    except HTTPError:
+        return None  # whatever the server says, it is there
+    except (OSError, ValueError) as error:
+        return str(getattr(error, "reason", error))
 
 
 def has_wandb_account() -> bool:
     """Whether W&B would find a key, without asking its server or looking at the key."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = urlparse(_wandb_url()).hostname or ""
     home = Path.home()
     for path in [os.environ.get("NETRC"), home / ".netrc", home / "_netrc"]:
         with contextlib.suppress(OSError, netrc.NetrcParseError):

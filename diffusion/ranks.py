@@ -21,15 +21,16 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion.differences import differences
-from diffusion.errors import AntherError
+from diffusion.errors import AntherError, Stopped
 from diffusion.files import atomic
+from diffusion.lock import locked
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -77,22 +78,25 @@ class Leader:
             What it returns on rank 0.
 
         Raises:
-            AntherError: the trainer asks for what cannot be had here, or any fault of the job.
+            AntherError: the trainer asks for what cannot be had here, another process works in the folder, or any fault
+                of the job.
+            Stopped: a signal ended the job.
         """
         check(config["trainer"])
         folder = folder.absolute()
         task = json.dumps({"job": job, "config": config, "folder": str(folder), "logging": _logging()})
-        if rank() == 0:
-            with atomic(folder / RECORD) as temporary:
-                temporary.write_text(task)
-        if _launcher() is None and _several(config["trainer"]):
-            return _outside(folder)
-        if _launcher() is None or "SUBMITIT_EXECUTOR" in os.environ:
-            return _call(task)
-        self._store = self._store or _make_store(leads=True)
-        self._store.set(f"{_KEY}/{self._handed}", task)
-        self._handed += 1
-        return _take_part(self._store, self._handed - 1, task)
+        with locked(folder) if rank() == 0 else nullcontext(), _stoppable(folder):
+            if rank() == 0:
+                with atomic(folder / RECORD) as temporary:
+                    temporary.write_text(task)
+            if _launcher() is None and _several(config["trainer"]):
+                return _outside(folder)
+            if _launcher() is None or "SUBMITIT_EXECUTOR" in os.environ:
+                return _call(task)
+            self._store = self._store or _make_store(leads=True)
+            self._store.set(f"{_KEY}/{self._handed}", task)
+            self._handed += 1
+            return _take_part(self._store, self._handed - 1, task)
 
     def end(self) -> None:
         """Lets the other ranks go."""
@@ -101,6 +105,25 @@ class Leader:
 
 
 leader = Leader()
+
+
+@contextmanager
+def _stoppable(folder: Path) -> Iterator[None]:
+    """Adds to a `Stopped`, which Ctrl-C becomes too, how the run goes on."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    try:
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise Stopped(signal.SIGINT) from None
+    except Stopped as stop:
+        word = f"hydra.run.dir={folder}"
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            word = f"hydra.sweep.dir={HydraConfig.get().sweep.dir}"
+        stop.again = f": the same command with {word} goes on where it stopped."
+        raise
 
 
 def check(trainer: Mapping[str, Any]) -> None:
@@ -178,7 +201,7 @@ def _outside(folder: Path) -> Any:
     process = subprocess.Popen([sys.executable, "-m", "diffusion.ranks"], env=environment, start_new_session=True)
     code, told = _wait(process)
     if told is not None:
-        sys.exit(code if code > 0 else 128 + told)
+        raise Stopped(told)
     if code != 0:
         raise AntherError(_what_happened(ends, code, folder))
     value = json.loads((ends / "0.json").read_text())["value"]
@@ -236,10 +259,15 @@ def main() -> None:
     task = Path(os.environ[FILE]).read_text()
     ends = Path(os.environ[FILE]).parent / _ENDS
     number = int(os.environ.get("LOCAL_RANK", "0"))
+    signal.signal(signal.SIGTERM, stop)
     if number == 0 and (settings := json.loads(task)["logging"]) is not None:
         logging.config.dictConfig(settings)
     try:
         end = {"value": _call(task)}
+    except (Stopped, KeyboardInterrupt) as stopped:
+        # Lightning kills rank 0 if another process ends with a status; one that ends with all others has none.
+        together = isinstance(stopped, Stopped) and stopped.together
+        sys.exit(0 if number > 0 and together else 128 + getattr(stopped, "number", signal.SIGINT))
     except Exception as error:
         sentence = cli.sentence(error)
         lost = is_lost(error)
@@ -250,6 +278,11 @@ def main() -> None:
     with atomic(ends / f"{number}.json") as temporary:
         temporary.write_text(json.dumps({**end, "rank": number, "time": time.time()}))
     sys.exit("error" in end)
+
+
+def stop(number: int, _frame: Any) -> None:
+    """The handler of a signal that ends a run."""
+    raise Stopped(number)
 
 
 def end_with_parent() -> None:

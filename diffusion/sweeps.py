@@ -18,7 +18,7 @@ from hydra.core.utils import JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 
-from diffusion import ranks
+from diffusion import ranks, secrecy
 from diffusion.files import atomic
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class SweepJobs(Callback):
         sentence = cli.sentence(error)
         if sentence is None:
             traceback.print_exception(error)
-            sentence = f"{type(error).__name__}: {error}"
+            sentence = secrecy.hidden(f"{type(error).__name__}: {error}")
         job_return.status, job_return.return_value = JobStatus.COMPLETED, None
         if ranks.rank() > 0:
             return
@@ -65,7 +65,7 @@ class SweepJobs(Callback):
             "job": config.hydra.job.num,
             "error": sentence,
             "overrides": list(job_return.overrides or ()),
-            "trace": traceback.format_exception(error),
+            "trace": secrecy.hidden("".join(traceback.format_exception(error))),
         }
         with atomic(Path(config.hydra.runtime.output_dir) / FAILED) as temporary:
             temporary.write_text(json.dumps(record, indent=2) + "\n")

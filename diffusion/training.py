@@ -1,5 +1,6 @@
 """One run of train.py: build the parts, say what will happen, fit, and say where everything is."""
 
+import json
 import logging
 import time
 import warnings
@@ -14,6 +15,7 @@ from diffusion import checkpoint
 from diffusion.build import build
 from diffusion.cli import write_result
 from diffusion.errors import AntherError
+from diffusion.files import atomic, sha256
 from diffusion.loggers import finish
 from diffusion.loss_curve import draw_losses
 from diffusion.modules.diffusion import Diffusion
@@ -53,6 +55,9 @@ def train(config: dict[str, Any], folder: Path) -> float:
         raise AntherError("trainer.accumulate_grad_batches counts the batches of a step: give 1 or more.")
     datamodule.prepare_data()
     datamodule.setup("fit")
+    if not trainer.fast_dev_run:
+        own = resume is not None and resume.parent == folder / "checkpoints"
+        _same_data(datamodule, module, config, folder, trainer, own)
     _announce(config, datamodule, module, trainer, resume, folder)
     started = time.monotonic()
     trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
@@ -61,7 +66,6 @@ def train(config: dict[str, Any], folder: Path) -> float:
     objective = _objective(trainer, module, datamodule, config["objective"])
     finish(trainer.loggers)
     if trainer.is_global_zero:
-        datamodule.save_splits(folder / "splits.json")
         if (log := folder / "logs" / "metrics.csv").exists():
             draw_losses(log, folder / "plots" / "loss.png")
         count = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -86,11 +90,63 @@ def _resume_from(folder: Path, config: Mapping[str, Any]) -> Path | None:
     return path
 
 
+def _same_data(
+    datamodule: Any, module: Any, config: Mapping[str, Any], folder: Path, trainer: lightning.Trainer, own: bool
+) -> None:
+    """Holds the data against the record of what the folder's run has trained on, or makes that record.
+
+    Args:
+        datamodule: set up.
+        module: whose conditioner may read files too.
+        config: of the run.
+        folder: of the run.
+        trainer: knows its rank.
+        own: whether the run goes on from a checkpoint of its own.
+    """
+    path = folder / "splits.json"
+    files = {str(file): sha256(file) for file in getattr(getattr(module, "conditioner", None), "files", ())}
+    here = datamodule.split_record() | ({"files": files} if files else {})
+    if not own or not path.exists():
+        if trainer.is_global_zero:
+            with atomic(path) as temporary:
+                temporary.write_text(json.dumps(here, indent=1))
+        return
+    try:
+        there = {"files": {}, **json.loads(path.read_text())}
+        names, before = ({n for split in record["splits"].values() for n in split} for record in (here, there))
+        digests = here["digest"], there["digest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AntherError(f"{path} is damaged: delete it if the data are still those of the run.") from error
+    lie = f" in {config['data']['path']}" if config["data"].get("path") else ""
+    what = f"the data {here['data']!r}{lie}"
+    if changed := [file for file, digest in files.items() if there["files"].get(file, digest) != digest]:
+        what += f" have a file {changed[0]} of another content (sha256 {files[changed[0]][:12]})"
+    elif digests[0] != digests[1]:
+        example = f", such as {min(names ^ before)}" if names ^ before else ""
+        what += (
+            f" have another content (sha256 {digests[0][:12]}, not {digests[1][:12]}; {len(before - names)} images are "
+            f"gone and {len(names - before)} are new{example})"
+        )
+    elif there["splits"] != here["splits"]:
+        what += " are split differently"
+    else:
+        return
+    raise AntherError(
+        f"{what} since the run in {folder} began: bring back what it was, or choose another hydra.run.dir for a run on "
+        "what it is."
+    )
+
+
 def _objective(trainer: lightning.Trainer, module: Any, datamodule: Any, metric: str) -> float:
     metrics: dict[str, Any] = dict(trainer.callback_metrics)
     if metric not in metrics or getattr(module, "validated_at", trainer.global_step) != trainer.global_step:
-        # The run ended between two validations, and what stands there belongs to earlier weights.
+        # The run ended between two validations, and what stands there belongs to earlier weights; or an earlier process
+        # took the last one, logged it, and was killed before it said so.
+        loggers = trainer.loggers
+        if any(getattr(part, "validated_at", None) == trainer.global_step for part in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.loggers = []
         metrics |= trainer.validate(module, datamodule, verbose=False)[0]
+        trainer.loggers = loggers
     if metric not in metrics:
         known = ", ".join(sorted(metrics))
         raise AntherError(f"the objective {metric!r} was never logged; set objective to one of: {known}.")

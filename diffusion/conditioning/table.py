@@ -45,6 +45,12 @@ class EmbeddingTable(Conditioner):
         """Numbers per row of the file."""
         return self._file[1].shape[1]
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What is read."""
+        by_prompt = self.prompts is None or isinstance(self.prompts, Mapping)
+        return (self.path,) if by_prompt else (self.path, Path(str(self.prompts)).expanduser())
+
     @cached_property
     def _file(self) -> tuple[list[str], Tensor]:
         names, rows = read_embeddings(self.path, "path")

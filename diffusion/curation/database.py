@@ -68,6 +68,25 @@ def ready() -> Any:
     return fo
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """Says in one sentence what it means that the database ends while a block uses it.
+
+    Raises:
+        AntherError: it ended, or its machine cannot be reached any more.
+    """
+    from pymongo.errors import ConnectionFailure
+
+    try:
+        yield
+    except ConnectionFailure:
+        # `from None`: the messages of pymongo may hold the URI.
+        raise AntherError(
+            f"FiftyOne's database ended while it was used. {KEPT}: run the same command again, it goes on with the "
+            "data set."
+        ) from None
+
+
 def _reach(uri: str) -> None:
     from pymongo import MongoClient
 

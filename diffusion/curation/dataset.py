@@ -125,7 +125,8 @@ def build_dataset(folder: Path | str, name: str) -> str:
         AntherError: files are missing or do not fit together, or there is no database; see `database.ready`.
     """
     run = read_run(folder)
-    scores = assemble([run], name, run.facts)
+    with database.held():
+        scores = assemble([run], name, run.facts)
     if scores:
         records.with_columns(run.folder, scores)
     return name

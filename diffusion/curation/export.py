@@ -36,7 +36,7 @@ def export_fiftyone(name: str, folder: Path | str) -> Path:
     if not fo.dataset_exists(name):
         raise AntherError(f"the database has no dataset {name!r}: build it first.")
     target = Path(folder) / DATASET
-    with _whole_folder(target) as temporary:
+    with database.held(), _whole_folder(target) as temporary:
         fo.load_dataset(name).export(
             export_dir=str(temporary), dataset_type=fo.types.FiftyOneDataset, export_media=True, progress=False
         )

@@ -94,12 +94,13 @@ def write_metrics(folder: Path, run: Mapping[str, Any], results: Mapping[str, Re
         AntherError: the folder cannot be written.
     """
     finite = {key: _finite(result) for key, result in results.items()}
-    with atomic(folder / "metrics.json") as temporary:
-        temporary.write_text(document(run, finite), "utf-8")
     with atomic(folder / "metrics.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["key", "value", "verdict", "note"])
         writer.writerows([key, result.value, result.verdict, result.note] for key, result in finite.items())
+    # The last one: where it is, the stage is over.
+    with atomic(folder / "metrics.json") as temporary:
+        temporary.write_text(document(run, finite), "utf-8")
 
 
 def public(run: Mapping[str, Any]) -> dict[str, Any]:

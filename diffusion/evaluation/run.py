@@ -2,6 +2,7 @@
 
 import importlib.util
 import shlex
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -63,13 +64,14 @@ def evaluate(config: Mapping[str, Any], folder: Path) -> float | None:
     fabric.barrier()
     if scorers is None:
         return None
-    results, anew = _score(scorers, subject, plan, made, folder)
-    if anew or not (folder / "report.html").exists():
+    results = _score(scorers, subject, plan, made, folder)
+    if not (folder / "report.html").exists():
         _report(config, scorers, folder)
     print_metrics(results)
     _track(config, folder)
-    if config["dataset"] is not None and (anew or not (folder / DATASET).exists()):
-        _curate(config["dataset"]["name"] or _dataset_name(folder), folder)
+    if config["dataset"] is not None:
+        if not (folder / DATASET).exists():
+            _curate(config["dataset"]["name"] or _dataset_name(folder), folder)
         write_report(folder, app_command(folder))
     _publish(config, folder)
     _farewell(config, folder)
@@ -188,10 +190,11 @@ def _data_name(subject: Subject) -> str | None:
     return name
 
 
-def _score(
-    scorers: Scorers, subject: Subject, plan: Plan, made: Made, folder: Path
-) -> tuple[Mapping[str, Result], bool]:
-    """The metrics of the folder's images, and whether they were computed now or found as they were left."""
+def _score(scorers: Scorers, subject: Subject, plan: Plan, made: Made, folder: Path) -> Mapping[str, Result]:
+    """The metrics of the folder's images, computed now or found as they were left.
+
+    What later stages made of other metrics is removed, so that they begin anew although a kill may come in between.
+    """
     from diffusion.curation import brain, records
     from diffusion.evaluation import embeddings
 
@@ -199,7 +202,7 @@ def _score(
     before = read_metrics(folder) if (folder / "metrics.json").exists() else None
     if made.images == 0 and before is not None and before[0].get("scored_with") == scorers.identity:
         print(f"{folder} is scored already; to score anew delete {folder / 'metrics.json'}.")
-        return before[1], False
+        return before[1]
     run = _facts(subject, plan, made, scorers)
     if before is not None and run["seconds"] is None:
         run["seconds"] = before[0].get("seconds")
@@ -210,8 +213,10 @@ def _score(
     if plan.embedding is not None:
         scores.add(brain.scores(embeddings.load(folder)), {}, protocol(plan))
     records.with_columns(folder, scores.columns)
+    (folder / "report.html").unlink(missing_ok=True)
+    shutil.rmtree(folder / DATASET, ignore_errors=True)
     write_metrics(folder, run, scores.results)
-    return scores.results, True
+    return scores.results
 
 
 def _report(config: Mapping[str, Any], scorers: Scorers, folder: Path) -> None:
@@ -219,8 +224,9 @@ def _report(config: Mapping[str, Any], scorers: Scorers, folder: Path) -> None:
 
     training = scorers.training
     draw_plots(folder, None if training is None else lambda row: from_uint8(training.image(row)))
-    write_report(folder, None if config["dataset"] is None else app_command(folder))
     export_imagefolder(folder)
+    # The last one: where it is, the stage is over.
+    write_report(folder, None if config["dataset"] is None else app_command(folder))
 
 
 def _track(config: Mapping[str, Any], folder: Path) -> None:

@@ -14,6 +14,7 @@ from callbacks.ema import EMA
 from callbacks.nan_guard import NanGuard
 from diffusion.checkpoint_io import AtomicCheckpointIO
 from diffusion.errors import AntherError
+from diffusion.loggers import CSVLog
 from tests.callbacks.tiny_training import Dots, module, nervous_plateau, same, trainer, weights
 
 EPOCHS = 4
@@ -45,8 +46,9 @@ class Boom(Callback):
 
 def run(folder, *callbacks, epochs=EPOCHS, ckpt=None, **options):
     m, ema, trace = module(scheduler=nervous_plateau, lr=1e-2), EMA(), Trace()
-    t = trainer(folder, ema, trace, *callbacks, max_epochs=epochs, **options)
+    t = trainer(folder, ema, trace, *callbacks, max_epochs=epochs, logger=CSVLog(folder / "metrics.csv"), **options)
     t.fit(m, datamodule=Dots(), ckpt_path=ckpt, weights_only=True)
+    ema.folder = folder
     return m, ema, trace, t
 
 
@@ -87,6 +89,10 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, uninterrupted,
     for got, wanted in [(trace.lr, whole_trace.lr), (trace.val, whole_trace.val), (trace.stepped, whole_trace.stepped)]:
         assert got == wanted[-len(got) :]
     assert len(trace.lr) in (2, 3)
+    # A row per step, the epochs' means with what was averaged before the interruption.
+    log = CSVLog(whole_ema.folder / "metrics.csv")._read()
+    assert [sorted(row) for row in log.values()].count(["epoch", "train/loss_step"]) == 12
+    assert CSVLog(tmp_path / "metrics.csv")._read() == log
 
 
 def test_a_run_that_ends_within_an_epoch_goes_on_from_there(tmp_path):
@@ -94,6 +100,14 @@ def test_a_run_that_ends_within_an_epoch_goes_on_from_there(tmp_path):
     run(tmp_path, LastCheckpoint(tmp_path), epochs=None, max_steps=3)
     m, _, _, _ = run(tmp_path, LastCheckpoint(tmp_path), epochs=None, max_steps=7, ckpt=tmp_path / "last.ckpt")
     assert same(weights(m), weights(whole))
+
+
+def test_checkpoints_leave_the_schedule_alone(tmp_path):
+    """Lightning counts a run by steps as restarting once its loop is told that it is not."""
+    _, _, plain, _ = run(tmp_path / "a", epochs=None, max_steps=12)
+    _, _, saved, _ = run(tmp_path, LastCheckpoint(tmp_path), epochs=None, max_steps=12)
+    assert saved.lr == plain.lr
+    assert len(set(plain.lr)) == 2
 
 
 def test_a_best_checkpoint_can_be_gone_on_from(tmp_path, uninterrupted):
@@ -111,29 +125,32 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from lightning.pytorch.callbacks import Callback
+from diffusion import cli
 from tests.callbacks.test_checkpoints import LastCheckpoint, run
 
 class Press(Callback):
     def on_before_backward(self, trainer, pl_module, loss):
         if trainer.global_step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.{name})
 
 folder = Path({folder!r})
-run(folder, Press(), LastCheckpoint(folder))
+cli.run(lambda: run(folder, Press(), LastCheckpoint(folder)))
 """
 
 
-def test_ctrl_c_stops_after_the_step_and_the_run_goes_on_exactly(tmp_path, uninterrupted):
-    before = signal.getsignal(signal.SIGINT)
-    script = SCRIPT.format(root=str(Path(__file__).parents[2]), folder=str(tmp_path))
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_stops_after_the_step_and_the_run_goes_on_exactly(tmp_path, uninterrupted, name):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    script = SCRIPT.format(root=str(Path(__file__).parents[2]), folder=str(tmp_path), name=name)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 1, result.stderr
+    assert result.returncode == 128 + signal.Signals[name], result.stderr
     assert "the same command goes on" in result.stderr
+    assert f"stopped by {name}" in result.stderr
     assert "Traceback" not in result.stderr
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 6
     m, _, _, _ = run(tmp_path, LastCheckpoint(tmp_path), ckpt=tmp_path / "last.ckpt")
     assert same(weights(m), weights(uninterrupted[0]))
-    assert signal.getsignal(signal.SIGINT) is before
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_a_killed_save_leaves_the_previous_checkpoint(tmp_path):

@@ -3,7 +3,9 @@ import json
 import struct
 import sys
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -212,6 +214,19 @@ def test_what_wandb_holds(no_account, monkeypatch, tmp_path, capsys):
     assert (summary["total_epochs"], summary["total_batches"]) == (2, 8)
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+def test_a_server_that_does_not_answer_is_told_and_not_waited_for(no_account, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # it answers 501
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        Thread(target=server.handle_request, daemon=True).start()
+        assert wandb_logger("anther-test", tmp_path / "logs")._wandb_init["mode"] == "online"
+        assert capsys.readouterr().out == ""
+    assert wandb_logger("anther-test", tmp_path / "logs")._wandb_init["mode"] == "offline"
+    said = capsys.readouterr().out
+    assert f"for http://127.0.0.1:{server.server_port} cannot be reached" in said
+    assert KEY not in said
 
 
 def test_a_resumed_run_keeps_its_wandb_id(no_account, tmp_path):

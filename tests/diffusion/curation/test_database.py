@@ -195,3 +195,43 @@ def test_a_quiet_start(make_run, tmp_path):
     assert result.stdout.splitlines() == ["dataset 'x' is made; look at it: python -m diffusion.curation.app 'x'"]
     code = "from diffusion.curation import database; print(database.ready().list_datasets())"
     assert run(tmp_path, "-c", code).stdout == "['x']\n"
+
+
+@pytest.mark.slow
+def test_a_database_that_is_killed_loses_nothing_and_the_same_command_goes_on(make_run, tmp_path):
+    folder = make_run(tmp_path / "run")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    code = """
+import sys
+from pathlib import Path
+from diffusion import cli
+from diffusion.evaluation.run import _curate
+
+def curate():
+    if sys.argv[2] == "kill":
+        import psutil
+        from diffusion.curation import database
+        database.ready()
+        import fiftyone.brain as fob
+        def kill(*args, **kwargs):
+            (mongod,) = [p for p in psutil.Process().children(recursive=True) if p.name() == "mongod"]
+            mongod.kill()
+            psutil.wait_procs([mongod], timeout=10)
+            return whole(*args, **kwargs)
+        whole, fob.compute_uniqueness = fob.compute_uniqueness, kill
+    _curate("x", Path(sys.argv[1]))
+
+cli.run(curate)
+"""
+    killed = run(tmp_path, "-c", code, str(folder), "kill")
+    assert killed.returncode == 1, killed.stderr
+    (said,) = [line for line in killed.stderr.splitlines() if line.startswith("error: ")]
+    assert said.startswith("error: FiftyOne's database ended while it was used.")
+    assert "run the same command again" in said
+    assert "Traceback" not in killed.stderr
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    again = run(tmp_path, "-c", code, str(folder), "whole")
+    assert again.returncode == 0, again.stderr
+    assert (folder / "dataset" / "samples.json").exists()
+    code = "from diffusion.curation import database; print(database.ready().list_datasets())"
+    assert run(tmp_path, "-c", code).stdout == "['x']\n"
