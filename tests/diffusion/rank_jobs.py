@@ -69,3 +69,11 @@ def waits(config: dict[str, Any], folder: Path) -> None:
 
 def logs(config: dict[str, Any], folder: Path) -> None:
     logging.getLogger("anther").info("this goes to the log of the run")
+
+
+def gets_sigterm(config: dict[str, Any], folder: Path) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def gets_sigint(config: dict[str, Any], folder: Path) -> None:
+    os.kill(os.getpid(), signal.SIGINT)

@@ -32,12 +32,10 @@ def test_any_letters_in_any_locale(tmp_path, more):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_ends_a_command_with_a_sentence_and_its_status(name, tmp_path):
     code = f"""
-import os, signal
 from pathlib import Path
 from diffusion import cli, ranks
-def job(config, folder):
-    os.kill(os.getpid(), signal.{name})
-cli.run(lambda: ranks.leader.run(job, {{}}, Path({str(tmp_path)!r})))
+job = "tests.diffusion.rank_jobs.gets_{name.lower()}"
+cli.run(lambda: ranks.leader.run(job, {{"trainer": {{}}}}, Path({str(tmp_path)!r})))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == {"SIGTERM": 143, "SIGINT": 130}[name]

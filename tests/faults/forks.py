@@ -105,7 +105,7 @@ def command(script: str, words: list[str]) -> int:
     module = {"train.py": train, "evaluate.py": evaluate}[script]
     sys.argv = [str(ROOT / script), *words]
     try:
-        cli.run(module.main, module.job)
+        cli.run(module.main, several=True)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except BaseException:

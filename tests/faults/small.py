@@ -78,6 +78,7 @@ def trained(folder: Path) -> dict[str, Any]:
         found[name] = content
     for name in ("result.json", "splits.json"):
         found[name] = json.loads((folder / name).read_text())
+    found["result.json"].pop("seconds")
     return found
 
 

@@ -1,11 +1,15 @@
 """A killed training goes on to the bit: weights, averages, optimizer, schedule, order, log and scores."""
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from diffusion import checkpoint
-from tests.faults.forks import Forks
+from tests.faults.forks import ROOT, Forks
 from tests.faults.small import TRAIN, difference, log, trained
 
 LIMITS = {
@@ -42,18 +46,48 @@ def test_a_killed_run_goes_on_to_the_bit(limit: str, scheduler: str, forks: Fork
 
 
 @pytest.mark.slow
-def test_two_ranks_are_killed_and_stopped_and_go_on_to_the_bit(forks: Forks, whole: Path, tmp_path: Path) -> None:
-    """Rank 0 alone gets the signals; rank 1 is a process that Lightning started."""
-    words = ["train.py", *TRAIN, "trainer=ddp_sim", "scheduler.warmup_steps=3"]
-    one, other = (f"hydra.run.dir={tmp_path / name}" for name in ("one", "other"))
-    assert (ended := forks.run(*words, one)).status == 0, ended.printed
-    assert forks.run(*words, other, at_step=7).status == -9
-    rare = "callbacks.last.every_n_steps=1000"
-    ended = forks.run(*words, rare, other, at_step=12, number=15)
-    assert ended.status == 143, ended.printed
-    assert "stopped by SIGTERM" in ended.printed
-    last = checkpoint.read(tmp_path / "other" / "checkpoints" / "last.ckpt")
-    assert last["global_step"] == 13
-    assert all(len(rows) == 2 for rows in last["epoch_means"].values())
-    assert (ended := forks.run(*words, other)).status == 0, ended.printed
-    assert difference(trained(tmp_path / "one"), trained(tmp_path / "other")) is None
+def test_two_ranks_are_killed_and_stopped_and_go_on_to_the_bit(tmp_path: Path) -> None:
+    words = [*TRAIN, "trainer=ddp_sim", "trainer.max_steps=60", "scheduler.warmup_steps=3"]
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert finish(start(words, one)) == (0, "")
+    killed = start(words, other)
+    wait_for_step(7, other, killed)
+    killed.kill()  # the command; its ranks end with it
+    killed.communicate(timeout=60)
+    stopped = start(words, other)
+    wait_for_step(25, other, stopped)
+    stopped.terminate()
+    status, said = finish(stopped)
+    assert status == 143
+    assert "stopped by SIGTERM: the same command" in said
+    assert 25 <= step(other) < 60
+    assert finish(start(words, other)) == (0, "")
+    assert difference(trained(one), trained(other)) is None
+
+
+def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "train.py", *words, f"hydra.run.dir={folder}"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Its status, and what it said of faults."""
+    _, printed = process.communicate(timeout=280)
+    return process.returncode, "".join(line for line in printed.splitlines(True) if "error: " in line or "stop" in line)
+
+
+def step(folder: Path) -> int:
+    last = folder / "checkpoints" / "last.ckpt"
+    return int(checkpoint.read(last)["global_step"]) if last.exists() else 0
+
+
+def wait_for_step(wanted: int, folder: Path, process: subprocess.Popen[str]) -> None:
+    while step(folder) < wanted:
+        assert process.poll() is None, finish(process)
+        time.sleep(0.02)
