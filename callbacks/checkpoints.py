@@ -240,6 +240,11 @@ class LastCheckpoint(Checkpoint):
         if self._loader_state is not None:
             loader.load_state_dict(self._loader_state)
         self._loader_state = None
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        if epochs.ready == epochs.completed:
+            # Between two epochs nothing is left of the one before. Under max_steps Lightning takes it up, and ends it,
+            # a second time.
+            _not_restarting(trainer)
         # Not earlier than here: Lightning puts back the handlers that it found at the beginning of the fit.
         self._signals.watch(trainer)
 
@@ -247,14 +252,18 @@ class LastCheckpoint(Checkpoint):
         """Lets a resumed epoch end like any other: while it counts as restarting, no plateau scheduler is asked."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._after_a_step(trainer)
-            # Not by its setter, which makes it true under max_steps.
-            trainer.fit_loop._restarting = False
-            trainer.fit_loop.epoch_loop.restarting = False
+            _not_restarting(trainer)
 
     def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """Several processes may have other numbers of validation batches, and stop after them."""
         if trainer.state.fn == TrainerFn.FITTING and trainer.world_size == 1 and not _at_its_end(trainer):
             self._signals.check(trainer)
+
+
+def _not_restarting(trainer: Trainer) -> None:
+    """Not by the fit loop's setter, which makes it true under max_steps whatever is asked for."""
+    trainer.fit_loop._restarting = False
+    trainer.fit_loop.epoch_loop.restarting = False
 
 
 def _at_its_end(trainer: Trainer) -> bool:

@@ -102,6 +102,25 @@ def test_a_run_that_ends_within_an_epoch_goes_on_from_there(tmp_path):
     assert same(weights(m), weights(whole))
 
 
+def test_a_run_by_steps_survives_one_interruption_after_another(tmp_path):
+    whole, _, there, _ = run(tmp_path / "whole", LastCheckpoint(tmp_path / "whole"), epochs=None, max_steps=12)
+    last = tmp_path / "last.ckpt"
+    booms = [
+        ("on_validation_start", 1),
+        ("on_train_batch_start", 1),
+        ("on_before_backward", 2),
+        ("on_validation_end", 1),
+    ]
+    for hook, nth in [*booms, ("on_train_epoch_start", 1)]:
+        ckpt = last if last.exists() else None
+        with pytest.raises(RuntimeError, match="boom"):
+            run(tmp_path, LastCheckpoint(tmp_path), Boom(hook, nth), epochs=None, max_steps=12, ckpt=ckpt)
+    m, _, trace, _ = run(tmp_path, LastCheckpoint(tmp_path), epochs=None, max_steps=12, ckpt=last)
+    assert same(weights(m), weights(whole))
+    assert trace.stepped == there.stepped[-len(trace.stepped) :]
+    assert CSVLog(tmp_path / "metrics.csv")._read() == CSVLog(tmp_path / "whole" / "metrics.csv")._read()
+
+
 def test_checkpoints_leave_the_schedule_alone(tmp_path):
     """Lightning counts a run by steps as restarting once its loop is told that it is not."""
     _, _, plain, _ = run(tmp_path / "a", epochs=None, max_steps=12)
