@@ -15,6 +15,7 @@ from diffusion.errors import AntherError
 from diffusion.files import atomic
 
 RESULT = "result.json"
+SECONDS = "seconds"
 
 # Faults of the folder of a run, which Hydra makes before we are asked.
 FOLDER_FAULTS = (
@@ -150,10 +151,15 @@ def read_result(folder: Path, trainer: Mapping[str, Any]) -> float | None:
 
 
 def write_result(
-    folder: Path, metric: str, objective: float, steps: int, epochs: int, parameters: int, seconds: float
+    folder: Path, metric: str, objective: float, steps: int, epochs: int, parameters: int, seconds: float | None = None
 ) -> None:
     """Records that a run is finished, the numbers in its network, and how long the command that ended it trained."""
     counts = {"steps": steps, "epochs": epochs, "parameters": parameters}
-    record = {"metric": metric, "objective": objective, **counts, "seconds": round(seconds, 1)}
+    record = {
+        "metric": metric,
+        "objective": objective,
+        **counts,
+        SECONDS: None if seconds is None else round(seconds, 1),
+    }
     with atomic(folder / RESULT) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
