@@ -17,6 +17,7 @@ from diffusion.errors import AntherError, Stopped
 from diffusion.files import atomic
 
 RESULT = "result.json"
+SECONDS = "seconds"
 
 # What others call this and do otherwise.
 UNSUPPORTED = ("trainer/fsdp", "trainer/deepspeed", "trainer/ddp_spawn")
@@ -202,10 +203,15 @@ def read_result(folder: Path, config: Mapping[str, Any]) -> float | None:
 
 
 def write_result(
-    folder: Path, metric: str, objective: float, steps: int, epochs: int, parameters: int, seconds: float
+    folder: Path, metric: str, objective: float, steps: int, epochs: int, parameters: int, seconds: float | None = None
 ) -> None:
     """Records that a run is finished, the numbers in its network, and how long the command that ended it trained."""
     counts = {"steps": steps, "epochs": epochs, "parameters": parameters}
-    record = {"metric": metric, "objective": objective, **counts, "seconds": round(seconds, 1)}
+    record = {
+        "metric": metric,
+        "objective": objective,
+        **counts,
+        SECONDS: None if seconds is None else round(seconds, 1),
+    }
     with atomic(folder / RESULT) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")

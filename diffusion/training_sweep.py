@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from diffusion.cli import RESULT
+from diffusion.cli import RESULT, SECONDS
 from diffusion.errors import AntherError
 from diffusion.evaluation.metric import Result
 from diffusion.evaluation.plots import BLUE, DPI, number, save, styled
@@ -15,7 +15,6 @@ from diffusion.evaluation.sweep import Job, Sweep, SweepReport, missing, read_sw
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SECONDS = "seconds"
 CURVES = ("val/loss", "train/loss_epoch", "train/loss_step")
 """Losses that are drawn: of each job the first that its log has."""
 
@@ -53,7 +52,8 @@ def trained(run: Path) -> Mapping[str, Result]:
     try:
         record = json.loads((run / RESULT).read_text("utf-8"))
         found = {str(record["metric"]): Result(float(record["objective"]), _better(str(record["metric"])))}
-        return found | {SECONDS: Result(float(record[SECONDS]))}
+        seconds = record.get(SECONDS)  # runs of older versions did not say
+        return found | {SECONDS: Result(None if seconds is None else float(seconds))}
     except FileNotFoundError as error:
         raise AntherError("failed or not finished") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

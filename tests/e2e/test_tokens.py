@@ -72,7 +72,7 @@ def start(tmp_path: Path) -> Start:
             },
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=900,
         )
         assert (done.returncode != 0) == fails, done.stderr
         for text in (*SECRETS.values(), PASSWORD):
