@@ -248,7 +248,7 @@ def test_a_folder_keeps_to_its_settings(evaluated: Path, trained: Path, refused:
     assert contents(evaluated) == before
 
 
-LONG = [*QUICK, "sampler.steps=60", "num_images=30"]
+LONG = [*QUICK, "sampler.steps=20", "num_images=30"]
 RANKS = ["trainer=ddp_sim", "trainer.devices=3"]
 
 
