@@ -49,7 +49,6 @@ Refused = Callable[..., str]
         ([*TINY, "network._target_=os.system"], ["os.system", "refused"]),
         ([*TINY, "optimizer.speed=3"], ["speed"]),
         ([*TINY, "ckpt=nowhere.ckpt"], ["nowhere.ckpt", "no checkpoint"]),
-        ([*TINY, "data.exclude=nowhere.csv"], ["data.exclude=nowhere.csv", "cannot be read", "analyze.py"]),
         ([*TINY, "objective=val/beauty"], ["val/beauty", "val/loss"]),
         ([*FLOWERS, "data.path=nowhere/flowers"], ["nowhere/flowers", "data.path"]),
         (["experiment=mnist", "data.path=nowhere/mnist"], ["nowhere/mnist"]),
