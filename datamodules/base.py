@@ -490,7 +490,8 @@ class ImageDataModule(LightningDataModule, ABC):
         """One line: name, sizes of the splits, resolution, classes."""
         sizes = ", ".join(f"{len(rows)} {name}" for name, rows in self.splits.items())
         names = self.class_names
-        classes = f"{len(names)} classes ({', '.join(names[:10])}{', …' if len(names) > 10 else ''})"
+        kinds = "class" if len(names) == 1 else "classes"
+        classes = f"{len(names)} {kinds} ({', '.join(names[:10])}{', …' if len(names) > 10 else ''})"
         out = f"; {len(self.excluded):,} left out by {self.exclude}" if self.exclude is not None else ""
         return f"{self.name}: {sizes} images, {'×'.join(map(str, self.image_shape))}, {classes}{out}"
 

@@ -117,6 +117,7 @@ def test_a_folder_without_classes(photos, tmp_path):
     Image.new("RGB", (9, 9)).save(photos / ".hidden.jpg")
     module = ready(photos, kind=PlainFolder, noun="flower")
     assert len(module.table) == 21
+    assert module.describe() == "photos: 14 train, 7 val images, 3×8×8, 1 class (flower)"
     assert module.table.class_names == ("flower",)
     assert set(module.table.captions) == {"A photo of a flower"}
     assert module.table.labels.tolist() == [0] * 21

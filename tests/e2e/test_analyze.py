@@ -128,6 +128,8 @@ def test_faults_end_with_a_sentence(refused: Refused, tmp_path: Path) -> None:
     assert "near_duplicate" in refused("analyze.py", "reasons=[ugly]")
     assert "nowhere" in refused("analyze.py", "data=class_folders", f"data.path={tmp_path}/nowhere")
     assert "data.path is not set" in refused("analyze.py", "data=folder")
+    sentence = refused("train.py", "experiment=demo", "trainer.accelerator=cpu", f"data.exclude={tmp_path}/no.csv")
+    assert "no.csv cannot be read" in sentence
     sentence = refused("analyze.py", "data=celeba", f"data.path={tmp_path}/celeba")
     assert "list_eval_partition.txt" in sentence
     assert "img_align_celeba.zip" in sentence
