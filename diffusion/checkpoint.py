@@ -10,9 +10,9 @@ import torch
 
 from diffusion.build import build
 from diffusion.errors import AntherError
-from diffusion.modules.diffusion import Diffusion
+from diffusion.modules.generator import Generator
 from diffusion.networks.unet import UNet
-from diffusion.networks.upstream import load_upstream
+from diffusion.networks.upstream import load_upstream, read_state
 
 
 def read(path: Path | str) -> dict[str, Any]:
@@ -95,32 +95,33 @@ def _flat(name: str, node: Any) -> Iterator[tuple[str, Any]]:
         yield name, node
 
 
-def load_model(path: Path | str, config: Mapping[str, Any] | None = None) -> Diffusion:
+def load_model(path: Path | str, config: Mapping[str, Any] | None = None) -> Generator:
     """The trained model of a file.
 
     Args:
         path: a checkpoint, from whose own config the model is rebuilt, with EMA weights where it has them; or the
             state dict of a network, from anywhere.
         config: for a state dict: the resolved config of a run, whose `module` is built. Weights of a `UNet` are read
-            by the rules of `networks.upstream`; those of any other network must have its keys.
+            by the rules of `networks.upstream`; those of any other network must have its keys, and what has no
+            parameters, such as an activation, is believed.
 
     Raises:
-        AntherError: the file holds no weights of a diffusion model, they do not fit the config, or a config is given
+        AntherError: the file holds no weights of a model that draws, they do not fit the config, or a config is given
             for a checkpoint that has its own.
     """
     if config is None:
         checkpoint = read(path)
-        module = _diffusion(checkpoint["config"], path)
+        module = _generator(checkpoint["config"], path)
         with _fitting(path, "its own config"):
             module.load_state_dict(checkpoint["state_dict"])
             if "ema" in checkpoint:
-                module.denoiser.network.load_state_dict(checkpoint["ema"]["network"])
+                module.trained.load_state_dict(checkpoint["ema"]["network"])
         return module
     state = _content(path)
     if _is_ours(state):
         raise AntherError(f"{path} has its own config, and the model inside may not be overridden: leave config out.")
-    module = _diffusion(config, path)
-    network = module.denoiser.network
+    module = _generator(config, path)
+    network = module.trained
     if isinstance(network, UNet):
         published = load_upstream(path, network.T, network.img_size)
         if published.family != network.family:
@@ -129,17 +130,21 @@ def load_model(path: Path | str, config: Mapping[str, Any] | None = None) -> Dif
                 f"set network.family={published.family}, or give the config that belongs to the file."
             )
         state = published.state_dict()
+    else:
+        state = read_state(path)[0]
     with _fitting(path, "the given config"):
         network.load_state_dict(state)
     return module
 
 
-def _diffusion(config: Mapping[str, Any], path: Path | str) -> Diffusion:
+def _generator(config: Mapping[str, Any], path: Path | str) -> Generator:
     if "module" not in config:
         raise AntherError(f"the config for {path} describes no module: give the config of a run of train.py.")
     module = build(config["module"])
-    if not isinstance(module, Diffusion):
-        raise AntherError(f"{path} holds a {type(module).__name__}, which draws no images: use a diffusion checkpoint.")
+    if not isinstance(module, Generator):
+        raise AntherError(
+            f"{path} holds a {type(module).__name__}, which draws no images: use a checkpoint of a model that does."
+        )
     module.config = dict(config)
     return module.eval()
 

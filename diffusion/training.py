@@ -15,7 +15,7 @@ from diffusion.cli import write_result
 from diffusion.errors import AntherError
 from diffusion.loggers import finish
 from diffusion.loss_curve import draw_losses
-from diffusion.modules.diffusion import Diffusion
+from diffusion.modules.generator import Generator
 from diffusion.rng import check_seed
 
 
@@ -118,9 +118,15 @@ def _announce(
 def _farewell(config: Mapping[str, Any], module: Any, objective: float, folder: Path) -> None:
     print(f"{config['objective']} = {objective:.4g}")
     print(f"everything   {folder}")
-    for name, what in {"samples": "pictures", "checkpoints": "checkpoints", "logs": "logs", "plots": "plots"}.items():
+    for name, what in {
+        "samples": "pictures",
+        "reconstructions": "beside the originals",
+        "checkpoints": "checkpoints",
+        "logs": "logs",
+        "plots": "plots",
+    }.items():
         if (folder / name).exists():
             print(f"{what:12} {folder / name}")
     last = folder / "checkpoints" / "last.ckpt"
-    if last.exists() and isinstance(module, Diffusion):
+    if last.exists() and isinstance(module, Generator):
         print(f"draw with    python sample.py ckpt={last}")

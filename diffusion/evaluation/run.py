@@ -91,20 +91,21 @@ def make_plan(config: Mapping[str, Any], subject: Subject, datamodule: Any) -> P
     captions = {name: datamodule.caption(name) for name in classes} if hasattr(datamodule, "caption") else {}
     asked = None if model.conditioner is None and config["prompts"] == "classes" else config["prompts"]
     prompts = read_prompts(asked, classes, captions)
-    own, chosen = subject.config["module"].get("sampler", {}), config.get("sampler")
-    sampler: Sampler = model.sampler if chosen is None else build(chosen)
-    weight = config["guidance"]["weight"]
+    own, chosen = subject.config["module"].get("sampler"), config.get("sampler")
+    sampler: Sampler | None = model.sampler if chosen is None else build(chosen)
+    record = own if chosen is None else chosen
+    weight, wanted = config["guidance"]["weight"], config["embedding"]
     return Plan(
         prompts=None if prompts is None else tuple(prompts),
         labels=None if prompts is None else tuple(labels_of(prompts, classes, captions)),
         num_images=config["num_images"],
         first_seed=config["seed"],
-        weight=getattr(model, "weight", None) if weight is None else weight,
+        weight=model.weight if weight is None else weight,
         sampler=sampler,
-        sampler_record=dict(own if chosen is None else chosen),
-        T=model.denoiser.schedule.T,
+        sampler_record=None if record is None else dict(record),
+        T=model.T,
         batch_size=config["batch_size"],
-        embedding=None if config["embedding"] is None else Embedding(**config["embedding"]),
+        embedding=None if wanted is None else Embedding(**{**wanted, "layer": wanted["layer"] or model.bottleneck}),
         checkpoint_sha256=subject.sha256,
     )
 
@@ -117,7 +118,7 @@ def protocol(plan: Plan) -> dict[str, Any]:
         "num_images": plan.num_images,
         "seed": plan.first_seed,
         "guidance_weight": plan.weight,
-        "sampler": dict(plan.sampler_record),
+        "sampler": None if plan.sampler_record is None else dict(plan.sampler_record),
         "steps": plan.steps,
         "batch_size": plan.batch_size,
         "embedding": None if plan.embedding is None else asdict(plan.embedding),
@@ -259,7 +260,7 @@ def _announce(subject: Subject, plan: Plan, scorers: Scorers, folder: Path) -> N
         "model": f"{subject.config.get('name')}, {subject.parameters:,} parameters, {subject.path}",
         "images": f"{plan.num_images}, seeds {plan.first_seed} to {plan.first_seed + plan.num_images - 1}",
         "prompts": prompts + (" …" if plan.prompts and len(plan.prompts) > 3 else ""),
-        "sampler": f"{type(plan.sampler).__name__}, {plan.steps} steps",
+        "sampler": "none" if plan.sampler is None else f"{type(plan.sampler).__name__}, {plan.steps} steps",
         "guidance": "none" if plan.weight is None else f"w = {plan.weight}",
         **scorers.describe(),
         "folder": str(folder),

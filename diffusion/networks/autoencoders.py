@@ -1,9 +1,9 @@
 """Variational autoencoders: that of seed 004, and the convolutional one that latent diffusion works in."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, silu
 
@@ -31,29 +31,50 @@ class Posterior(NamedTuple):
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
 
 
-class AutoencoderNetwork(Protocol):
+class Autoencoder(nn.Module, ABC):
     """What `modules.autoencoder` trains. Images are (B, C, H, W) in [-1, 1].
 
-    Attributes:
+    Args:
         image_shape: (C, H, W).
         latent_shape: of one z.
+
+    Attributes:
         bottleneck: name of the submodule whose output stands for an image that was drawn.
     """
 
-    image_shape: tuple[int, int, int]
-    latent_shape: tuple[int, ...]
     bottleneck: str
 
+    def __init__(self, image_shape: tuple[int, int, int], latent_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.image_shape = image_shape
+        self.latent_shape = latent_shape
+
+    @abstractmethod
     def encode(self, images: Tensor) -> Posterior:
-        """q(z | x)."""
-        ...
+        """q(z | x) of images: two tensors (B, *latent_shape).
 
+        Raises:
+            AntherError: images of another shape than the network's.
+        """
+
+    @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
-        """Images of latents (B, *latent_shape)."""
-        ...
+        """Images, nominally in [-1, 1], of latents (B, *latent_shape)."""
+
+    def check_images(self, images: Tensor) -> None:
+        """Refuses images of another shape.
+
+        Raises:
+            AntherError: naming both shapes.
+        """
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise AntherError(
+                f"the autoencoder takes images of {' x '.join(map(str, self.image_shape))} and was given "
+                f"{' x '.join(map(str, images.shape[1:]))}: make network.img_ch and network.img_size those of the data."
+            )
 
 
-class VAE(nn.Module):
+class VAE(Autoencoder):
     """The variational autoencoder of seed 004: 2,957,251 parameters.
 
     Four strided convolutions down to 4 x 4, one vector of `latent_dim` numbers, and four transposed ones up. The last
@@ -77,7 +98,7 @@ class VAE(nn.Module):
     def __init__(
         self, img_ch: int = 3, img_size: int = 64, latent_dim: int = 128, channels: Sequence[int] = (32, 64, 128, 256)
     ) -> None:
-        super().__init__()
+        super().__init__((img_ch, img_size, img_size), (latent_dim,))
         factor = 2 ** len(channels)
         if not channels or img_size < factor or img_size % factor:
             raise AntherError(
@@ -86,8 +107,6 @@ class VAE(nn.Module):
             )
         if latent_dim < 1:
             raise AntherError(f"network.latent_dim = {latent_dim} must be 1 or more.")
-        self.image_shape = (img_ch, img_size, img_size)
-        self.latent_shape: tuple[int, ...] = (latent_dim,)
         side = img_size // factor
         self._map = (channels[-1], side, side)
         width = channels[-1] * side**2
@@ -105,8 +124,8 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(*up[:-1])
 
     def encode(self, images: Tensor) -> Posterior:
-        """q(z | x) of images (B, C, H, W) in [-1, 1]: two tensors (B, latent_dim)."""
-        _check_images(images, self.image_shape)
+        """See `Autoencoder`."""
+        self.check_images(images)
         features = self.encoder((images + 1) / 2)
         return Posterior(self.fc_mu(features), self.fc_var(features))
 
@@ -116,11 +135,11 @@ class VAE(nn.Module):
         return logits
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] of z (B, latent_dim)."""
+        """See `Autoencoder`."""
         return 2 * self.logits(z).sigmoid() - 1
 
 
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(Autoencoder):
     """The convolutional autoencoder of latent diffusion: residual blocks, attention in the middle, a map as latent.
 
     Level k has the resolution img_size / 2^k, so an image of 64 pixels and four levels makes a latent of 8 x 8.
@@ -151,7 +170,6 @@ class AutoencoderKL(nn.Module):
         num_blocks: int = 2,
         latent_ch: int = 4,
     ) -> None:
-        super().__init__()
         check_channels(channels, channel_mult, img_size, least=2)
         if num_blocks < 1 or latent_ch < 1:
             raise AntherError(
@@ -159,21 +177,20 @@ class AutoencoderKL(nn.Module):
             )
         widths = [channels * mult for mult in channel_mult]
         side = img_size // 2 ** (len(widths) - 1)
-        self.image_shape = (img_ch, img_size, img_size)
-        self.latent_shape: tuple[int, ...] = (latent_ch, side, side)
+        super().__init__((img_ch, img_size, img_size), (latent_ch, side, side))
         self.encoder = Encoder(img_ch, widths, num_blocks, 2 * latent_ch)
         self.decoder = Decoder(latent_ch, widths[::-1], num_blocks + 1, img_ch)
         self.quant_conv = nn.Conv2d(2 * latent_ch, 2 * latent_ch, 1)
         self.post_quant_conv = nn.Conv2d(latent_ch, latent_ch, 1)
 
     def encode(self, images: Tensor) -> Posterior:
-        """q(z | x) of images (B, C, H, W) in [-1, 1]; log-variances are kept in [-30, 20]."""
-        _check_images(images, self.image_shape)
+        """See `Autoencoder`; log-variances are kept in [-30, 20]."""
+        self.check_images(images)
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, 1)
         return Posterior(mean, logvar.clamp(-30, 20))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images (B, C, H, W), nominally in [-1, 1], of z (B, *latent_shape)."""
+        """See `Autoencoder`."""
         images: Tensor = self.decoder(self.post_quant_conv(z))
         return images
 
@@ -255,11 +272,3 @@ def _through(stages: nn.ModuleList, x: Tensor) -> Tensor:
         for resample in [*stage.downsamplers, *stage.upsamplers]:
             x = resample(x)
     return x
-
-
-def _check_images(images: Tensor, shape: torch.Size | tuple[int, ...]) -> None:
-    if tuple(images.shape[1:]) != tuple(shape):
-        raise AntherError(
-            f"the autoencoder takes images of {' x '.join(map(str, shape))} and was given "
-            f"{' x '.join(map(str, images.shape[1:]))}: make network.img_ch and network.img_size those of the data."
-        )

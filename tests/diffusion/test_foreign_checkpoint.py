@@ -100,7 +100,7 @@ def test_any_other_network_takes_its_own_keys(tmp_path):
     assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in network.state_dict().items())
     for content, says in (
         (without(theirs.state_dict(), "conv1.model.0.bias"), "conv1.model.0.bias"),
-        ([1], "do not fit"),
+        ([1], "holds no state dict"),
     ):
         torch.save(content, path)
         with pytest.raises(AntherError, match=says):
