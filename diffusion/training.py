@@ -59,7 +59,7 @@ def train(config: dict[str, Any], folder: Path) -> float:
         datamodule.save_splits(folder / "splits.json")
         if (log := folder / "logs" / "metrics.csv").exists():
             draw_losses(log, folder / "plots" / "loss.png")
-        count = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        count = sum(p.numel() for p in module.parameters())
         write_result(folder, config["objective"], objective, trainer.global_step, trainer.current_epoch, count)
     _farewell(config, module, objective, folder)
     return objective

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diffusion.conditioning.base import Conditioner
+from diffusion.errors import AntherError
 from diffusion.samplers import Hook, Sampler
 
 # First number of a generator's key, so that training and validation never share a stream.
@@ -56,8 +57,18 @@ class Generator(lightning.LightningModule, ABC):
 
     @property
     def bottleneck(self) -> str:
-        """The layer of the network that stands for an image unless another is named."""
-        return str(self.trained.bottleneck)
+        """The layer of the network that stands for an image unless another is named.
+
+        Raises:
+            AntherError: the network names none.
+        """
+        layer = getattr(self.trained, "bottleneck", None)
+        if not isinstance(layer, str):
+            raise AntherError(
+                f"{type(self.trained).__name__} does not say which of its layers stands for an image: name one in "
+                "embedding.layer."
+            )
+        return layer
 
     @property
     @abstractmethod

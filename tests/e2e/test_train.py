@@ -177,6 +177,27 @@ def test_every_experiment_runs_one_batch(experiment: str, call: Call, photos: Pa
     assert not (folder / "result.json").exists()
 
 
+@pytest.mark.parametrize(
+    "network", [["adm", "network.channels=32", "network.head_channels=32"], ["convnext_unet", "network.dim=16"]]
+)
+def test_the_demo_trains_with_the_other_networks(network: list[str], call: Call) -> None:
+    size = ["data.n_train=16", "data.n_val=8", "data.batch_size=8", "data.size=32", "network.c_embed_dim=64"]
+    quick = [
+        "sampler.steps=2",
+        "trainer.accelerator=cpu",
+        "trainer.max_steps=2",
+        "callbacks.embeddings.every_n_epochs=1",
+    ]
+    few = ["callbacks.samples.prompts=[a red rose]", "callbacks.samples.gif=never", "callbacks.clip=null"]
+    chosen = ["experiment=demo", f"network={network[0]}", *network[1:], *size, *quick, *few, "callbacks.best_clip=null"]
+    folder = call("train.py", *chosen, "trainer.check_val_every_n_epoch=1")
+    model = load_model(folder / "checkpoints" / "last.ckpt")
+    drawn = [model.sample(["a red rose"], [0], weight) for weight in (0.0, 3.0)]
+    assert not torch.equal(*drawn)
+    (rows,) = [np.load(path)["embeddings"] for path in sorted((folder / "embeddings").glob("*.npz"))[-1:]]
+    assert rows.shape == (2, 64)  # an image per weight
+
+
 def test_help_needs_no_torch_and_lists_every_experiment(command: Run) -> None:
     for script in ("train.py", "sample.py"):
         code = (
