@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from diffusion.errors import AntherError
-from diffusion.modules.diffusion import ClassifierFreeDiffusion, Diffusion
+from diffusion.modules.diffusion import ClassifierFreeDiffusion
+from diffusion.modules.generator import Generator
 from diffusion.samplers import Hook, Sampler
 
 
@@ -28,7 +29,7 @@ class Cell:
 
 
 def cells(
-    module: Diffusion, prompts: Sequence[str] | None, weights: Sequence[float] | None, per_prompt: int, seed: int
+    module: Generator, prompts: Sequence[str] | None, weights: Sequence[float] | None, per_prompt: int, seed: int
 ) -> list[Cell]:
     """What to draw, weight by weight, and within a weight prompt by prompt.
 
@@ -59,7 +60,7 @@ def cells(
 
 
 def draw(
-    module: Diffusion, wanted: Sequence[Cell], batch_size: int, sampler: Sampler | None = None, hook: Hook | None = None
+    module: Generator, wanted: Sequence[Cell], batch_size: int, sampler: Sampler | None = None, hook: Hook | None = None
 ) -> Tensor:
     """Draws cells, at most `batch_size` at a time; no collective operation, so one rank may draw alone.
 

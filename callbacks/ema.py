@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from diffusion.errors import AntherError
+from diffusion.modules.generator import Generator
 
 
 class EMA(Callback):
@@ -113,7 +114,8 @@ class EMA(Callback):
         inside = {name: tensor.detach() for name, tensor in _tensors(pl_module).items()}
         average, live = (inside, self._average) if self._swapped else (self._average, inside)
         checkpoint["ema"] = {"network": dict(average), "updates": self.updates}
-        checkpoint["state_dict"].update({f"denoiser.network.{name}": tensor for name, tensor in live.items()})
+        stem = next(name for name, part in pl_module.named_modules() if part is _network(pl_module))
+        checkpoint["state_dict"].update({f"{stem}.{name}": tensor for name, tensor in live.items()})
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes the average and its counter up again; a checkpoint without them starts from its weights."""
@@ -130,9 +132,13 @@ class EMA(Callback):
 
 def _tensors(module: LightningModule) -> dict[str, Tensor]:
     """The network's parameters and saved buffers themselves, by the names of its state dict."""
-    network: torch.nn.Module = module.denoiser.network  # type: ignore[assignment, union-attr]
-    tensors: dict[str, Tensor] = network.state_dict(keep_vars=True)
+    tensors: dict[str, Tensor] = _network(module).state_dict(keep_vars=True)
     return tensors
+
+
+def _network(module: LightningModule) -> torch.nn.Module:
+    assert isinstance(module, Generator)
+    return module.trained
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Embeddings from inside the network, row by row those of known images."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from callbacks.drawing import cells, draw
 from diffusion.errors import AntherError
-from diffusion.evaluation.embeddings import Form, capture, reduced, save_embeddings
+from diffusion.evaluation.embeddings import Captured, Form, capture, reduced, save_embeddings
 from diffusion.images import save_png
 from diffusion.modules.diffusion import Diffusion
 from diffusion.rng import generator
@@ -28,7 +29,7 @@ class BottleneckEmbeddings(Callback):
 
     Args:
         dirpath: folder of the files.
-        layer: name of a submodule of the network.
+        layer: name of a submodule of the network; None takes its bottleneck.
         form: `pooled` over positions, `flat` or `raw`.
         source: `samples` or `val`.
         prompts: None for a model without a condition.
@@ -43,7 +44,7 @@ class BottleneckEmbeddings(Callback):
     def __init__(
         self,
         dirpath: str | Path,
-        layer: str = "down2",
+        layer: str | None = None,
         form: Form = "pooled",
         source: Literal["samples", "val"] = "samples",
         prompts: Sequence[str] | None = None,
@@ -66,7 +67,7 @@ class BottleneckEmbeddings(Callback):
         """Finds out before the first step whether the layer exists and the form is known."""
         assert isinstance(pl_module, Diffusion)
         reduced(torch.zeros(1, 1, 1, 1), self.form)
-        with capture(pl_module.denoiser.network, self.layer):
+        with self._capture(pl_module):
             pass
 
     def on_validation_batch_end(  # noqa: D102
@@ -85,7 +86,7 @@ class BottleneckEmbeddings(Callback):
         denoiser = pl_module.denoiser
         t = torch.full((len(x_0),), 1 / denoiser.schedule.T, dtype=torch.float64, device=x_0.device)
         eps = torch.stack([torch.randn(x_0.shape[1:], generator=generator(self.seed, i)) for i in index]).to(x_0)
-        with torch.no_grad(), capture(denoiser.network, self.layer) as captured:
+        with torch.no_grad(), self._capture(pl_module) as captured:
             denoiser(denoiser.diffuse(x_0, t, eps), t, pl_module.validation_condition(batch))
         self._rows |= dict(zip(index, reduced(captured.rows(len(x_0)), self.form).cpu(), strict=True))
 
@@ -106,7 +107,7 @@ class BottleneckEmbeddings(Callback):
         wanted = cells(pl_module, self.prompts, self.weights, self.per_prompt, self.seed)
         ids = [f"{k:04d}" for k in range(len(wanted))]
         images, rows_drawn = [], []
-        with capture(pl_module.denoiser.network, self.layer) as captured:
+        with self._capture(pl_module) as captured:
             for k in range(0, len(wanted), self.batch_size):
                 part = wanted[k : k + self.batch_size]
                 images.append(draw(pl_module, part, self.batch_size, self.sampler))
@@ -117,6 +118,9 @@ class BottleneckEmbeddings(Callback):
         if self.prompts:
             extra |= {"prompts": [cell.prompt for cell in wanted], "weights": [cell.weight for cell in wanted]}
         save_embeddings(path, ids, torch.cat(rows_drawn), extra)
+
+    def _capture(self, module: Diffusion) -> AbstractContextManager[Captured]:
+        return capture(module.trained, self.layer or module.bottleneck)
 
     def _due(self, trainer: Trainer) -> bool:
         return not trainer.sanity_checking and (trainer.current_epoch + 1) % self.every_n_epochs == 0

@@ -27,7 +27,7 @@ class RunRecord(Callback):
         return None if step is None else int(step)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        count = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        count = sum(p.numel() for p in pl_module.parameters())
         config: dict[str, Any] = getattr(pl_module, "config", {})
         for logger in trainer.loggers:
             logger.log_hyperparams({**config, "number_of_parameters": count})

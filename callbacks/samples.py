@@ -16,7 +16,7 @@ from diffusion.errors import AntherError
 from diffusion.files import atomic
 from diffusion.images import save_gif, sheet, to_pil
 from diffusion.loggers import log_picture, log_table
-from diffusion.modules.diffusion import Diffusion
+from diffusion.modules.generator import Generator
 from diffusion.samplers import Sampler
 from diffusion.trajectory import Trajectory
 
@@ -66,10 +66,14 @@ class SampleGrid(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds out before the first step whether the prompts can be drawn."""
-        assert isinstance(pl_module, Diffusion)
+        assert isinstance(pl_module, Generator)
+        if self.gif != "never" and pl_module.sampler is None:
+            raise AntherError(
+                "this model draws in one call, and there is no way from noise to show: set callbacks.samples.gif=never."
+            )
         wanted = self._cells(pl_module)
         if trainer.is_global_zero:
-            pl_module.sampling_condition([str(c.prompt) for c in wanted] if self.prompts else None, len(wanted))
+            pl_module.check_request([str(c.prompt) for c in wanted] if self.prompts else None, len(wanted))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
@@ -81,11 +85,11 @@ class SampleGrid(Callback):
             with averaged(trainer, pl_module):
                 self._draw(trainer, pl_module, animate=self.gif != "never")
 
-    def _cells(self, module: Diffusion) -> list[Cell]:
+    def _cells(self, module: Generator) -> list[Cell]:
         return cells(module, self.prompts, self.weights, self.per_prompt, self.seed)
 
     def _draw(self, trainer: Trainer, module: LightningModule, animate: bool) -> None:
-        assert isinstance(module, Diffusion)
+        assert isinstance(module, Generator)
         path = self.dirpath / f"step-{trainer.global_step:06d}.png"
         if path == self.last_picture and not animate:
             return

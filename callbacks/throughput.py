@@ -28,7 +28,7 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         if trainer.global_step == 0:
-            count = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+            count = sum(p.numel() for p in pl_module.parameters())
             for logger in trainer.loggers:
                 logger.log_metrics({"parameters": count}, step=0)
         self.on_train_epoch_start(trainer, pl_module)

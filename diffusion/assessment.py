@@ -19,7 +19,7 @@ from diffusion.checkpoint import load_model
 from diffusion.conditioning.openclip import ClipModel, load_clip
 from diffusion.errors import AntherError
 from diffusion.evaluation.embeddings import capture
-from diffusion.modules.diffusion import Diffusion
+from diffusion.modules.generator import Generator
 from diffusion.rng import check_seed
 from diffusion.samplers import Sampler, Step
 
@@ -121,7 +121,7 @@ def get_embedding_hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
 
         model.down2.register_forward_hook(get_embedding_hook("down2"))
 
-    where `model` is a U-Net; that of a loaded checkpoint is `load_model(ckpt).denoiser.network`. The rows are those of
+    where `model` is a U-Net; that of a loaded checkpoint is `load_model(ckpt).trained`. The rows are those of
     the call: under guidance a layer behind the condition (`up1`, `up2`, `out`) sees 2 n rows, the n conditional ones
     first. `sample_flowers` keeps one row per image whatever the layer.
     """
@@ -134,7 +134,7 @@ def get_embedding_hook(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
 
 def sample_flowers(
     text_prompts: Sequence[str],
-    ckpt: Path | str | Diffusion = DEMO,
+    ckpt: Path | str | Generator = DEMO,
     guidance_weight: float | None = None,
     seed: int = 0,
     sampler: Sampler | None = None,
@@ -173,13 +173,13 @@ def sample_flowers(
     if batch_size < 1:
         raise AntherError(f"batch_size = {batch_size} must be 1 or more.")
     check_seed(seed)
-    model = ckpt if isinstance(ckpt, Diffusion) else load_model(ckpt).to(_device())
+    model = ckpt if isinstance(ckpt, Generator) else load_model(ckpt).to(_device())
     images, frames, rows = [], [], []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
         seeds = range(seed + start, seed + start + len(part))
         kept: list[Tensor] = []
-        with capture(model.denoiser.network, layer) as captured:
+        with capture(model.trained, layer) as captured:
             drawn = model.sample(part, seeds, guidance_weight, sampler, functools.partial(_keep_frame, kept))
         images.append(drawn.float().cpu().clamp(-1, 1))
         frames.append(torch.stack(kept))

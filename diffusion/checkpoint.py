@@ -14,8 +14,9 @@ from diffusion.differences import differences
 from diffusion.errors import AntherError
 from diffusion.guidance import Guidance
 from diffusion.modules.diffusion import Diffusion
+from diffusion.modules.generator import Generator
 from diffusion.networks.unet import UNet
-from diffusion.networks.upstream import load_upstream
+from diffusion.networks.upstream import load_upstream, read_state
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 """Of a run: the checkpoint that it goes on from, and the one before."""
@@ -94,32 +95,33 @@ def _model(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"module": parts}
 
 
-def load_model(path: Path | str, config: Mapping[str, Any] | None = None) -> Diffusion:
+def load_model(path: Path | str, config: Mapping[str, Any] | None = None) -> Generator:
     """The trained model of a file.
 
     Args:
         path: a checkpoint, from whose own config the model is rebuilt, with EMA weights where it has them; or the
             state dict of a network, from anywhere.
         config: for a state dict: the resolved config of a run, whose `module` is built. Weights of a `UNet` are read
-            by the rules of `networks.upstream`; those of any other network must have its keys.
+            by the rules of `networks.upstream`; those of any other network must have its keys, and what has no
+            parameters, such as an activation, is believed.
 
     Raises:
-        AntherError: the file holds no weights of a diffusion model, they do not fit the config, or a config is given
+        AntherError: the file holds no weights of a model that draws, they do not fit the config, or a config is given
             for a checkpoint that has its own.
     """
     if config is None:
         checkpoint = read(path)
-        module = _diffusion(checkpoint["config"], path)
+        module = _generator(checkpoint["config"], path)
         with _fitting(path, "its own config"):
             module.load_state_dict(checkpoint["state_dict"])
             if "ema" in checkpoint:
-                module.denoiser.network.load_state_dict(checkpoint["ema"]["network"])
+                module.trained.load_state_dict(checkpoint["ema"]["network"])
         return module
     state = _content(path)
     if _is_ours(state):
         raise AntherError(f"{path} has its own config, and the model inside may not be overridden: leave config out.")
-    module = _diffusion(config, path)
-    network = module.denoiser.network
+    module = _generator(config, path)
+    network = module.trained
     if isinstance(network, UNet):
         published = load_upstream(path, network.T, network.img_size)
         if published.family != network.family:
@@ -128,12 +130,14 @@ def load_model(path: Path | str, config: Mapping[str, Any] | None = None) -> Dif
                 f"set network.family={published.family}, or give the config that belongs to the file."
             )
         state = published.state_dict()
+    else:
+        state = read_state(path)[0]
     with _fitting(path, "the given config"):
         network.load_state_dict(state)
     return module
 
 
-def load_guidance(node: Mapping[str, Any], model: Diffusion) -> Guidance:
+def load_guidance(node: Mapping[str, Any], model: Generator) -> Guidance:
     """All about guidance but its weight, as a config has it; what it leaves open is the model's own.
 
     Args:
@@ -141,14 +145,21 @@ def load_guidance(node: Mapping[str, Any], model: Diffusion) -> Guidance:
         model: that is guided; a bad one is loaded on its device.
 
     Raises:
-        AntherError: see `Guidance` and `load_model`; the bad model has other images, conditions or noise levels.
+        AntherError: see `Guidance` and `load_model`; the model is not guided at all, or the bad model is no diffusion
+            model or has other images, conditions or noise levels.
     """
+    if not isinstance(model, Diffusion):
+        if asked := [f"guidance.{key}" for key in ("interval", "rescale", "bad") if node[key] is not None]:
+            raise AntherError(f"this model draws in one call, which cannot be guided: leave {', '.join(asked)} out.")
+        return Guidance()
     own, bad = model.guidance, node["bad"]
     interval = own.interval if node["interval"] is None else node["interval"]
     rescale = own.rescale if node["rescale"] is None else node["rescale"]
     if bad is None:
         return Guidance(interval, rescale)
     other = load_model(bad)
+    if not isinstance(other, Diffusion):
+        raise AntherError(f"{bad} cannot guide this model as guidance.bad: it is no diffusion model; give one.")
     if found := differences(_world(other), _world(model)):
         raise AntherError(
             f"{bad} cannot guide this model as guidance.bad: {found}; give a checkpoint with the same images, "
@@ -168,12 +179,14 @@ def _world(model: Diffusion) -> dict[str, Any]:
     }
 
 
-def _diffusion(config: Mapping[str, Any], path: Path | str) -> Diffusion:
+def _generator(config: Mapping[str, Any], path: Path | str) -> Generator:
     if "module" not in config:
         raise AntherError(f"the config for {path} describes no module: give the config of a run of train.py.")
     module = rebuild(config["module"], "module")
-    if not isinstance(module, Diffusion):
-        raise AntherError(f"{path} holds a {type(module).__name__}, which draws no images: use a diffusion checkpoint.")
+    if not isinstance(module, Generator):
+        raise AntherError(
+            f"{path} holds a {type(module).__name__}, which draws no images: use a checkpoint of a model that does."
+        )
     module.config = dict(config)
     return module.eval()
 

@@ -46,13 +46,17 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
     # One device: a few pictures; evaluate.py spreads many over several.
     fabric = make_fabric(config["trainer"], devices=1, num_nodes=1, strategy="auto")
     model = load_model(config["ckpt"]).to(fabric.device)
-    sampler: Sampler = build(config["sampler"], "sampler")
+    if config["gif"] and model.sampler is None:
+        raise AntherError("this model draws in one call, and there is no way from noise to show: leave gif= out.")
+    # sample.yaml always names a sampler, for all models; one that draws in one call has no use for it.
+    node = None if model.sampler is None else config["sampler"]
+    sampler: Sampler | None = None if node is None else build(node, "sampler")
     texts = None if prompts is None else [str(prompt) for prompt in prompts for _ in range(per_prompt)]
     count = per_prompt if texts is None else len(texts)
     seeds = [config["seed"] + k for k in range(count)]
     weight, size = config["guidance"]["weight"], config["batch_size"]
     guidance = load_guidance(config["guidance"], model)
-    used = getattr(model, "weight", None) if weight is None else weight
+    used = model.weight if weight is None else weight
 
     trajectory = Trajectory() if config["gif"] else None
     images: list[Tensor] = []
@@ -77,7 +81,7 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
         records.append({"id": k, "prompt": texts[k] if texts else None, "seed": seeds[k], "file": name})
     protocol = {
         "ckpt": str(config["ckpt"]),
-        "sampler": config["sampler"],
+        "sampler": node,
         "guidance_weight": used,
         **guidance.record(),
         "guidance_bad": config["guidance"]["bad"],

@@ -18,7 +18,7 @@ from diffusion.errors import AntherError
 from diffusion.files import atomic, sha256
 from diffusion.loggers import finish
 from diffusion.loss_curve import draw_losses
-from diffusion.modules.diffusion import Diffusion
+from diffusion.modules.generator import Generator
 from diffusion.rng import check_seed
 
 
@@ -68,7 +68,7 @@ def train(config: dict[str, Any], folder: Path) -> float:
     if trainer.is_global_zero:
         if (log := folder / "logs" / "metrics.csv").exists():
             draw_losses(log, folder / "plots" / "loss.png")
-        count = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        count = sum(p.numel() for p in module.parameters())
         made = trainer.global_step, trainer.current_epoch
         write_result(folder, config["objective"], objective, *made, count, time.monotonic() - started)
     _farewell(config, module, objective, folder)
@@ -181,10 +181,10 @@ def _announce(
 @rank_zero_only
 def _farewell(config: Mapping[str, Any], module: Any, objective: float, folder: Path) -> None:
     print(f"{config['objective']} = {objective:.4g}")
-    print(f"everything   {folder}")
-    for name in ("samples", "checkpoints", "logs", "plots", "profile"):
+    print(f"everything       {folder}")
+    for name in ("samples", "reconstructions", "checkpoints", "logs", "plots", "profile"):
         if (folder / name).exists():
-            print(f"{name:12} {folder / name}")
+            print(f"{name:16} {folder / name}")
     last = folder / "checkpoints" / "last.ckpt"
-    if last.exists() and isinstance(module, Diffusion):
-        print(f"draw with    python sample.py ckpt={last}")
+    if last.exists() and isinstance(module, Generator):
+        print(f"draw with        python sample.py ckpt={last}")

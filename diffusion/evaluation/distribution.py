@@ -28,19 +28,20 @@ MINIMUM = 50
 SEED = 2020
 """Of the subsets of KID and the order of the Inception Score: torch-fidelity's own."""
 
-_VERDICTS = {
+VERDICTS: Mapping[str, tuple[Literal["lower", "higher"], float, float]] = {
     "fid": ("lower", 50.0, 20.0),
     "kid": ("lower", 0.05, 0.02),
     "is": ("higher", 3.0, 7.0),
 }
+"""Seed 004's borders: the better direction, good, excellent."""
 _GRAM_ROWS = 4096  # The kernel of all pairs of so many images takes 134 MB.
 
 
 def verdict(metric: str, value: float) -> str | None:
     """Seed 004's word for a value of "fid", "kid" or "is": excellent, good or poor; None for other metrics."""
-    if metric not in _VERDICTS or not np.isfinite(value):
+    if metric not in VERDICTS or not np.isfinite(value):
         return None
-    better, good, excellent = _VERDICTS[metric]
+    better, good, excellent = VERDICTS[metric]
     sign, word = (1, "below") if better == "lower" else (-1, "above")
     if sign * value < sign * excellent:
         return f"excellent ({word} {excellent:g})"

@@ -17,7 +17,7 @@ from diffusion.samplers import Sampler, Step
 
 if TYPE_CHECKING:
     from diffusion.guidance import Guidance
-    from diffusion.modules.diffusion import Diffusion
+    from diffusion.modules.generator import Generator
 
 Form = Literal["pooled", "flat", "raw"]
 When = Literal["last", "clean", "trace"]
@@ -32,9 +32,9 @@ class Embedding:
     Attributes:
         layer: name of a submodule of the network.
         form: see `reduced`.
-        when: `last`: the layer's output in the sampler's last network call; `clean`: in one more call on the drawn
-            image, at the least time the network knows, t = 1 / T (entry 0 of the published tables); `trace`: in the
-            last call of each of `steps`.
+        when: `last`: the layer's output in the last network call that draws the image; `clean`: in one more call on the
+            drawn image, at the least time the network knows, t = 1 / T (entry 0 of the published tables); `trace`: in
+            the last call of each of `steps`.
         steps: for `trace`: numbers of steps, 0 for the one that starts at t = 1.
 
     Raises:
@@ -153,7 +153,7 @@ def reduced(features: Tensor, form: Form) -> Tensor:
 
 @torch.no_grad()
 def sample_embedded(
-    model: "Diffusion",
+    model: "Generator",
     embedding: Embedding,
     prompts: Sequence[str] | None,
     seeds: Sequence[int],
@@ -166,12 +166,12 @@ def sample_embedded(
     Args:
         model: in evaluation mode.
         embedding: which one.
-        prompts: see `Diffusion.sample`.
-        seeds: see `Diffusion.sample`.
-        weight: see `Diffusion.sample`; under guidance embeddings are those with the condition (at w = -1 no network
+        prompts: see `Generator.sample`.
+        seeds: see `Generator.sample`.
+        weight: see `Generator.sample`; under guidance embeddings are those with the condition (at w = -1 no network
             call has it, and they are those without).
-        sampler: see `Diffusion.sample`. Of a step with two calls, `Heun`'s, the second is taken.
-        guidance: see `Diffusion.sample`.
+        sampler: see `Generator.sample`. Of a step with two calls, `Heun`'s, the second is taken.
+        guidance: see `Generator.sample`.
 
     Returns:
         Images (n, C, H, W) on the model's device, and embeddings, float32 on the CPU: (n, ...), or for a trace
@@ -180,9 +180,9 @@ def sample_embedded(
     Raises:
         AntherError: as `model.sample` and `capture`; the sampler has no such step.
     """
-    n, denoiser = len(seeds), model.denoiser
+    n = len(seeds)
     traced: dict[int, Tensor] = {}
-    with capture(denoiser.network, embedding.layer) as captured:
+    with capture(model.trained, embedding.layer) as captured:
 
         def latest() -> Tensor:
             return reduced(captured.rows(n), embedding.form).float().cpu()
@@ -191,15 +191,13 @@ def sample_embedded(
             if step.number in embedding.steps:
                 traced[step.number] = latest()
 
-        images = model.sample(prompts, seeds, weight, sampler, note, guidance)
+        images = model.sample(prompts, seeds, weight, sampler, note if embedding.steps else None, guidance)
         if embedding.when == "trace":
             if late := [step for step in embedding.steps if step not in traced]:
                 raise AntherError(f"embedding.steps has {late}, and the sampler takes fewer steps: choose less.")
             return images, torch.stack([traced[step] for step in embedding.steps], 1)
         if embedding.when == "clean":
-            cond = model.sampling_condition(prompts, n)
-            t = torch.full((n,), 1 / denoiser.schedule.T, dtype=torch.float64, device=images.device)
-            denoiser(images, t, None if cond is None else cond.to(images.device))
+            model.look_at(images, prompts)
         return images, latest()
 
 

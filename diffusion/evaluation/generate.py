@@ -26,7 +26,7 @@ from diffusion.evaluation.embeddings import Embedding, capture, sample_embedded,
 from diffusion.files import atomic
 from diffusion.guidance import Guidance
 from diffusion.images import save_png
-from diffusion.modules.diffusion import Diffusion
+from diffusion.modules.generator import Generator
 from diffusion.rng import check_seed
 from diffusion.samplers import Sampler
 
@@ -47,9 +47,9 @@ class Plan:
         num_images: in all.
         first_seed: of image 0.
         weight: guidance weight w of every image; None for a model without a condition alone.
-        sampler: draws them.
+        sampler: draws them; None for a model that draws in one call.
         sampler_record: the sampler as plain values, for the protocol.
-        T: steps of the model's schedule.
+        T: steps of the model's schedule, where it has one.
         batch_size: images per chunk.
         embedding: what is kept of the network; None for nothing.
         checkpoint_sha256: of the model's file.
@@ -65,9 +65,9 @@ class Plan:
     num_images: int
     first_seed: int
     weight: float | None
-    sampler: Sampler
-    sampler_record: Mapping[str, Any]
-    T: int
+    sampler: Sampler | None
+    sampler_record: Mapping[str, Any] | None
+    T: int | None
     batch_size: int
     embedding: Embedding | None
     checkpoint_sha256: str
@@ -86,7 +86,9 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """How many the sampler really takes."""
+        """How many the sampler really takes; 0 without one."""
+        if self.sampler is None or self.T is None:
+            return 0
         return self.sampler.steps or self.T
 
     def chunks(self) -> list[range]:
@@ -115,7 +117,7 @@ class Made(NamedTuple):
     seconds: float
 
 
-def check(model: Diffusion, plan: Plan) -> None:
+def check(model: Generator, plan: Plan) -> None:
     """Finds out before anything is written whether the model can do what the plan asks for.
 
     Raises:
@@ -123,22 +125,26 @@ def check(model: Diffusion, plan: Plan) -> None:
             as many steps.
         ValueError: the plan leaves T or the weight of a guided model open.
     """
-    own_weight = getattr(model, "weight", None)
-    if plan.T != model.denoiser.schedule.T or (plan.weight is None and own_weight is not None):
+    if plan.T != model.T or (plan.weight is None and model.weight is not None):
         raise ValueError("a plan names the model's T and, under guidance, the weight")
+    if plan.sampler is not None and model.sampler is None:
+        raise AntherError("this model draws in one call and takes no sampler: leave sampler= out.")
     if plan.prompts is None and model.conditioner is not None:
         raise AntherError("this model draws from prompts and none were given: set prompts=[a red rose] or the like.")
-    model.predictor(plan.weight, plan.guidance)
-    model.sampling_condition(plan.prompts, 1 if plan.prompts is None else len(plan.prompts))
+    model.check_request(plan.prompts, 1 if plan.prompts is None else len(plan.prompts), plan.weight, plan.guidance)
     if plan.embedding is not None:
-        with capture(model.denoiser.network, plan.embedding.layer):
+        with capture(model.trained, plan.embedding.layer):
             pass
+        if plan.embedding.steps and model.sampler is None:
+            raise AntherError(
+                "this model draws in one call, which has no steps to trace: set embedding.when to last or clean."
+            )
         if late := [step for step in plan.embedding.steps if step >= plan.steps]:
             raise AntherError(f"embedding.steps has {late}, but the {plan.steps} steps are 0 to {plan.steps - 1}.")
 
 
 def generate(
-    model: Diffusion,
+    model: Generator,
     plan: Plan,
     folder: Path,
     rank: int = 0,
@@ -240,7 +246,7 @@ def _is_done(plan: Plan, folder: Path, chunk: range) -> bool:
     return kept and all((folder / _file(k)).exists() for k in chunk)
 
 
-def _draw(model: Diffusion, plan: Plan, chunk: range) -> tuple[Tensor, Tensor | None]:
+def _draw(model: Generator, plan: Plan, chunk: range) -> tuple[Tensor, Tensor | None]:
     prompts = None if plan.prompts is None else [str(plan.prompt(k)) for k in chunk]
     seeds = [plan.first_seed + k for k in chunk]
     if plan.embedding is None:
@@ -299,7 +305,7 @@ def _records(plan: Plan) -> "pd.DataFrame":
             "label": [plan.label(k) for k in numbers],
             "seed": [plan.first_seed + k for k in numbers],
             "guidance_weight": None if plan.weight is None else float(plan.weight),
-            "sampler": type(plan.sampler).__name__,
+            "sampler": None if plan.sampler is None else type(plan.sampler).__name__,
             "steps": plan.steps,
             "checkpoint": plan.checkpoint_sha256,
             "file": [_file(k) for k in numbers],

@@ -25,6 +25,7 @@ from diffusion.evaluation.subject import Subject, load_data, load_subject
 from diffusion.fabric import make_fabric, on_rank_zero
 from diffusion.files import sha256
 from diffusion.images import from_uint8, read_pngs
+from diffusion.modules.generator import Generator
 from diffusion.samplers import Sampler
 
 LIBRARIES = ("torch", "torchvision", "lightning", "torchmetrics", "open_clip_torch", "torch-fidelity", "fiftyone")
@@ -98,24 +99,32 @@ def make_plan(config: Mapping[str, Any], subject: Subject, datamodule: Any) -> P
     captions = {name: datamodule.caption(name) for name in classes} if hasattr(datamodule, "caption") else {}
     asked = None if model.conditioner is None and config["prompts"] == "classes" else config["prompts"]
     prompts = read_prompts(asked, classes, captions)
-    own, chosen = subject.config["module"].get("sampler", {}), config.get("sampler")
-    sampler: Sampler = model.sampler if chosen is None else build(chosen, "sampler")
-    weight, bad = config["guidance"]["weight"], config["guidance"]["bad"]
+    own, chosen = subject.config["module"].get("sampler"), config.get("sampler")
+    sampler: Sampler | None = model.sampler if chosen is None else build(chosen, "sampler")
+    record = own if chosen is None else chosen
+    weight, bad, wanted = config["guidance"]["weight"], config["guidance"]["bad"], config["embedding"]
     return Plan(
         prompts=None if prompts is None else tuple(prompts),
         labels=None if prompts is None else tuple(labels_of(prompts, classes, captions)),
         num_images=config["num_images"],
         first_seed=config["seed"],
-        weight=getattr(model, "weight", None) if weight is None else weight,
+        weight=model.weight if weight is None else weight,
         sampler=sampler,
-        sampler_record=dict(own if chosen is None else chosen),
-        T=model.denoiser.schedule.T,
+        sampler_record=None if record is None else dict(record),
+        T=model.T,
         batch_size=config["batch_size"],
-        embedding=None if config["embedding"] is None else construct(Embedding, config["embedding"], "embedding"),
+        embedding=None if wanted is None else _embedding(wanted, model),
         checkpoint_sha256=subject.sha256,
         guidance=load_guidance(config["guidance"], model),
         bad_sha256=None if bad is None else sha256(bad),
     )
+
+
+def _embedding(node: Any, model: Generator) -> Embedding:
+    if isinstance(node, Mapping) and node.get("layer") is None:
+        node = {**node, "layer": model.bottleneck}
+    embedding: Embedding = construct(Embedding, node, "embedding")
+    return embedding
 
 
 def protocol(plan: Plan) -> dict[str, Any]:
@@ -128,7 +137,7 @@ def protocol(plan: Plan) -> dict[str, Any]:
         "guidance_weight": plan.weight,
         **plan.guidance.record(),
         "guidance_bad_sha256": plan.bad_sha256,
-        "sampler": dict(plan.sampler_record),
+        "sampler": None if plan.sampler_record is None else dict(plan.sampler_record),
         "steps": plan.steps,
         "batch_size": plan.batch_size,
         "embedding": None if plan.embedding is None else asdict(plan.embedding),
@@ -277,7 +286,7 @@ def _announce(subject: Subject, plan: Plan, scorers: Scorers, folder: Path) -> N
         "model": f"{subject.config.get('name')}, {subject.parameters:,} parameters, {subject.path}",
         "images": f"{plan.num_images}, seeds {plan.first_seed} to {plan.first_seed + plan.num_images - 1}",
         "prompts": prompts + (" …" if plan.prompts and len(plan.prompts) > 3 else ""),
-        "sampler": f"{type(plan.sampler).__name__}, {plan.steps} steps",
+        "sampler": "none" if plan.sampler is None else f"{type(plan.sampler).__name__}, {plan.steps} steps",
         "guidance": "none" if plan.weight is None else f"w = {plan.weight}{plan.guidance.describe()}",
         **scorers.describe(),
         "folder": str(folder),

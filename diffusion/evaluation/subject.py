@@ -11,7 +11,7 @@ from diffusion.build import rebuild
 from diffusion.checkpoint import load_model, read
 from diffusion.errors import AntherError
 from diffusion.files import sha256
-from diffusion.modules.diffusion import Diffusion
+from diffusion.modules.generator import Generator
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Subject:
         validation_loss: of these weights, where the checkpoint knows it.
     """
 
-    model: Diffusion
+    model: Generator
     config: Mapping[str, Any]
     path: str
     sha256: str
@@ -35,7 +35,7 @@ class Subject:
     @property
     def parameters(self) -> int:
         """Numbers in the network."""
-        return sum(p.numel() for p in self.model.denoiser.network.parameters())
+        return sum(p.numel() for p in self.model.trained.parameters())
 
 
 # One is enough: the jobs of a sweep follow each other in one process and evaluate the same checkpoint.

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import lightning
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,11 +12,9 @@ from diffusion.denoiser import Denoiser, Predictor
 from diffusion.errors import AntherError
 from diffusion.guidance import AutoGuidance, ClassifierFree, Guidance
 from diffusion.modules.epoch_mean import epoch_mean
+from diffusion.modules.generator import TRAINING, VALIDATION, Generator
 from diffusion.rng import ImageRNG, generator
 from diffusion.samplers import Hook, Sampler
-
-# First number of a generator's key, so that training and validation never share a stream.
-TRAINING, VALIDATION = 0, 1
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -80,7 +77,7 @@ def draw_training(
     return TrainingDraws(t, uniforms, eps)
 
 
-class Diffusion(lightning.LightningModule):
+class Diffusion(Generator):
     """Unconditional diffusion.
 
     Args:
@@ -95,7 +92,7 @@ class Diffusion(lightning.LightningModule):
         augment_dim: width of the labels of a non-leaking augmentation, appended to the condition; zeros in sampling.
     """
 
-    conditioner: Conditioner | None = None
+    sampler: Sampler
     guidance = Guidance()
 
     def __init__(
@@ -109,25 +106,18 @@ class Diffusion(lightning.LightningModule):
         val_times: int = 4,
         augment_dim: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, scheduler, seed)
         if val_times < 1:
             raise AntherError(f"module.val_times = {val_times} counts evaluations of an image: give 1 or more.")
         if augment_dim < 0:
             raise AntherError(f"module.augment_dim = {augment_dim} counts labels: give 0 or more.")
         self.denoiser = denoiser
         self.sampler = sampler
-        self.seed = seed
         self.times = times
         self.val_times = val_times
         self.augment_dim = augment_dim
-        self.config: dict[
-            str, Any
-        ] = {}  # the resolved config of the run; the entry point sets it, checkpoints carry it
-        self.validated_at = -1  # optimizer steps at the end of the last validation
         self.val_loss = epoch_mean()
         self.last_losses: dict[str, Tensor] = {}  # of the last batch: t (B,) and loss (B,), for callbacks
-        self._make_optimizer = optimizer
-        self._make_scheduler = scheduler
 
     # What the batch is conditioned on -------------------------------------------------------------------------------
 
@@ -178,16 +168,11 @@ class Diffusion(lightning.LightningModule):
 
     def _draws(self, n: int, batch_idx: int, shape: Sequence[int]) -> TrainingDraws:
         """The draws of this process's n samples of a batch."""
-        trainer = self.trainer
-        parts, ranks = trainer.accumulate_grad_batches, trainer.world_size
-        # A smaller batch may end an epoch; its samples have the first places of a whole one.
-        whole = getattr(getattr(trainer, "datamodule", None), "batch_size", n)
-        # The loaders deal the samples of a step to the ranks in turn.
-        places = ((batch_idx % parts) * whole + torch.arange(n)) * ranks + self.global_rank
+        total, places = self.places(n, batch_idx)
         return draw_training(
-            (TRAINING, self.seed, trainer.global_step),
-            parts * whole * ranks,
-            places.tolist(),
+            (TRAINING, self.seed, self.trainer.global_step),
+            total,
+            places,
             shape,
             self.denoiser.schedule.T,
             self.times,
@@ -209,10 +194,6 @@ class Diffusion(lightning.LightningModule):
         ]
         return t.flatten().to(x_0.device), torch.cat(losses)
 
-    def on_validation_epoch_end(self) -> None:
-        """Notes which weights the validation loss belongs to."""
-        self.validated_at = self.global_step
-
     def _validation_grid(self, index: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Times (K, B) and noise (K, B, C, H, W) of the images with these row numbers."""
         T, k = self.denoiser.schedule.T, self.val_times
@@ -222,18 +203,6 @@ class Diffusion(lightning.LightningModule):
         rngs = [generator(VALIDATION, self.seed, int(i)) for i in index]
         eps = torch.stack([torch.randn(k, *shape, generator=rng) for rng in rngs], 1)
         return ((u * T).floor() + 1).clamp(max=T) / T, eps
-
-    def configure_optimizers(self) -> Any:
-        """The optimizer over the network, and how its rate moves."""
-        optimizer = self._make_optimizer(self.denoiser.network.parameters())
-        if self._make_scheduler is None:
-            return optimizer
-        total = int(self.trainer.estimated_stepping_batches)
-        return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer, total)}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint says what it is: the resolved config travels with the weights."""
-        checkpoint["config"] = self.config
 
     def describe(self) -> dict[str, str]:
         """What a person wants to know before the run, by heading."""
@@ -250,8 +219,15 @@ class Diffusion(lightning.LightningModule):
     # Sampling -------------------------------------------------------------------------------------------------------
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images that the network makes."""
+    def trained(self) -> nn.Module:  # noqa: D102
+        return self.denoiser.network
+
+    @property
+    def T(self) -> int:  # noqa: D102, N802
+        return self.denoiser.schedule.T
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:  # noqa: D102
         network: Any = self.denoiser.network
         return network.img_ch, network.img_size, network.img_size
 
@@ -289,8 +265,21 @@ class Diffusion(lightning.LightningModule):
             raise AntherError("this model was trained without a condition and takes no prompts: leave them out.")
         return torch.zeros(n, self.augment_dim) if self.augment_dim else None
 
+    def check_request(  # noqa: D102
+        self, prompts: Sequence[str] | None, n: int, weight: float | None = None, guidance: Guidance | None = None
+    ) -> None:
+        self.predictor(weight, guidance)
+        self.sampling_condition(prompts, n)
+
     @torch.no_grad()
-    def sample(
+    def look_at(self, images: Tensor, prompts: Sequence[str] | None) -> None:
+        """See `Generator`; the least time the network knows is t = 1 / T."""
+        cond = self.sampling_condition(prompts, len(images))
+        t = torch.full((len(images),), 1 / self.T, dtype=torch.float64, device=images.device)
+        self.denoiser(images, t, None if cond is None else cond.to(images.device))
+
+    @torch.no_grad()
+    def sample(  # noqa: D102
         self,
         prompts: Sequence[str] | None,
         seeds: Sequence[int],
@@ -299,19 +288,6 @@ class Diffusion(lightning.LightningModule):
         hook: Hook | None = None,
         guidance: Guidance | None = None,
     ) -> Tensor:
-        """Draws one image per seed; image k is a function of its seed, prompt and weight in any batch split.
-
-        Args:
-            prompts: one per seed; None without a condition.
-            seeds: one per image.
-            weight: guidance weight w, for all or one per image (n,); None takes the module's own.
-            sampler: instead of the module's own.
-            hook: called after each step.
-            guidance: all about it but the weight; None takes the module's own.
-
-        Returns:
-            (n, C, H, W), on the module's device; nominally in [-1, 1], not clamped.
-        """
         rng = ImageRNG(seeds)
         cond = self.sampling_condition(prompts, len(seeds))
         cond = None if cond is None else cond.to(self.device)
@@ -344,6 +320,7 @@ class ClassifierFreeDiffusion(Diffusion):
     """
 
     conditioner: Conditioner
+    weight: float
 
     def __init__(
         self,

@@ -176,6 +176,12 @@ class SelfAttention(nn.Module):
         out: Tensor = (tokens + 0.5 * attended).transpose(1, 2).reshape(x.shape)
         return out
 
+    def weights(self, x: Tensor) -> Tensor:
+        """See `attention.Attends`."""
+        normed = self.ln(x.flatten(2).transpose(1, 2))
+        weights: Tensor = self.mha(normed, normed, normed, average_attn_weights=False)[1]
+        return weights
+
 
 class Embed(nn.Module):
     """A vector as a map of one pixel: (B, i) -> (B, o, 1, 1)."""

@@ -6,6 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from diffusion.errors import AntherError
+from diffusion.networks.base import DenoisingNetwork
 from diffusion.networks.blocks import (
     Down,
     Embed,
@@ -22,7 +23,7 @@ from diffusion.networks.blocks import (
 SMALL, BIG = 8, 32  # groups of the norms: at the image itself, and everywhere else
 
 
-class UNet(nn.Module):
+class UNet(DenoisingNetwork):
     """Two levels down, two up; time and condition enter in the decoder alone.
 
     The context scales the decoder's maps and time shifts them: up1(c1 * x + t1), up2(c2 * x + t2). Hence the encoder's
@@ -55,6 +56,8 @@ class UNet(nn.Module):
         AntherError: an impossible size.
     """
 
+    bottleneck = "down2"
+
     def __init__(
         self,
         T: int,
@@ -66,7 +69,7 @@ class UNet(nn.Module):
         family: Literal["course", "handson"] = "course",
         self_attention: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(T, img_ch, img_size, c_embed_dim)
         if img_size % 4 or img_size < 4:
             raise AntherError(f"the U-Net halves an image twice, so network.img_size = {img_size} must divide by 4.")
         if len(down_chs) != 3 or any(c % BIG for c in down_chs):
@@ -77,11 +80,7 @@ class UNet(nn.Module):
             raise AntherError("the course's U-Net has no attention: set network.family=handson.")
         if t_embed_dim < 4 or t_embed_dim % 2:
             raise AntherError(f"network.t_embed_dim = {t_embed_dim} must be even and at least 4.")
-        self.T = T
-        self.img_ch = img_ch
-        self.img_size = img_size
         self.t_embed_dim = t_embed_dim
-        self.c_embed_dim = c_embed_dim
         self.family = family
         d0, d1, d2 = down_chs
         u0, u1, u2 = d2, d1, d0
@@ -125,11 +124,7 @@ class UNet(nn.Module):
         Raises:
             AntherError: images of another shape than the network's.
         """
-        if x_t.shape[1:] != (self.img_ch, self.img_size, self.img_size):
-            raise AntherError(
-                f"the network takes images of {self.img_ch} x {self.img_size} x {self.img_size} and was given "
-                f"{' x '.join(map(str, x_t.shape[1:]))}: make network.img_ch and network.img_size those of the data."
-            )
+        self.check_images(x_t)
         down0 = self.down0(x_t)
         down1 = self.down1(down0)
         down2 = self.down2(down1)
@@ -150,16 +145,9 @@ class UNet(nn.Module):
             (k B, img_ch, img_size, img_size).
         """
         down0, skip1, skip2, up0 = features
-        if cond is None:
-            cond = down0.new_zeros(len(t), self.c_embed_dim)
-        if cond.shape[1] != self.c_embed_dim:
-            raise AntherError(
-                f"the network takes conditions of width {self.c_embed_dim} and was given {cond.shape[1]}: set "
-                "network.c_embed_dim to the conditioner's width."
-            )
+        cond = self.condition(cond, len(t), down0)
         # Entry k of the schedule sits at t = k / T; the published networks were trained on the index k - 1.
         time = sinusoidal((t - 1 / self.T).to(down0.dtype), self.t_embed_dim)
-        cond = cond.to(down0.dtype)
         up1 = self.up1(self.c_embed1(cond) * repeated(up0, len(cond)) + self.t_emb1(time), skip1)
         up2 = self.up2(self.c_embed2(cond) * up1 + self.t_emb2(time), skip2)
         first = self.out[0]

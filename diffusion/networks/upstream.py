@@ -34,7 +34,7 @@ def load_upstream(source: Path | str | Mapping[str, Any], T: int | None = None, 
         AntherError: the file cannot be read, belongs to neither family, needs T or img_size, or holds missing or
             unexpected keys or wrong shapes, each of which is named.
     """
-    state, where = _read(source)
+    state, where = read_state(source)
     family, attention = _family(state, where)
     # On the meta device: no time and no random numbers go into weights that are replaced at once.
     with torch.device("meta"):
@@ -58,7 +58,15 @@ def load_upstream(source: Path | str | Mapping[str, Any], T: int | None = None, 
     return network.eval()
 
 
-def _read(source: Path | str | Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
+def read_state(source: Path | str | Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
+    """The state dict of a network, of any kind, and what to call its source in messages.
+
+    Args:
+        source: see `load_upstream`.
+
+    Raises:
+        AntherError: the file cannot be read, or holds no state dict.
+    """
     if isinstance(source, Mapping):
         content, where = source, "the state dict"
     else:

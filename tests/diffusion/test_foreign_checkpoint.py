@@ -5,8 +5,10 @@ import torch
 
 from diffusion.checkpoint import load_model
 from diffusion.errors import AntherError
+from diffusion.networks.autoencoders import VAE
 from diffusion.networks.blocks import ResidualConv
 from diffusion.networks.unet import UNet
+from diffusion.rng import ImageRNG
 
 SIZES = {"T": 10, "img_ch": 3, "img_size": 8, "down_chs": [32, 32, 64], "t_embed_dim": 8, "c_embed_dim": 4}
 
@@ -100,11 +102,29 @@ def test_any_other_network_takes_its_own_keys(tmp_path):
     assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in network.state_dict().items())
     for content, says in (
         (without(theirs.state_dict(), "conv1.model.0.bias"), "conv1.model.0.bias"),
-        ([1], "do not fit"),
+        ([1], "holds no state dict"),
     ):
         torch.save(content, path)
         with pytest.raises(AntherError, match=says):
             load_model(path, config(node, "Diffusion"))
+
+
+def test_the_published_autoencoder_loads_by_its_names(tmp_path):
+    torch.manual_seed(3)
+    theirs = VAE(3, 16, 4, (8, 16))
+    torch.save(theirs.state_dict(), tmp_path / "best_vae.pt")
+    node = {
+        "_target_": "diffusion.modules.autoencoder.VariationalAutoencoder",
+        "network": {
+            "_target_": "diffusion.networks.autoencoders.VAE",
+            "img_size": 16,
+            "latent_dim": 4,
+            "channels": [8, 16],
+        },
+        "optimizer": {"_target_": "torch.optim.Adam", "_partial_": True},
+    }
+    model = load_model(tmp_path / "best_vae.pt", {"module": node, "name": "theirs"})
+    assert torch.equal(model.sample(None, [5]), theirs.decode(ImageRNG([5]).randn((4,))))
 
 
 def test_a_checkpoint_with_its_own_config_takes_no_other(tmp_path):

@@ -132,7 +132,17 @@ EMBEDDED = [
 ]
 MNIST = ("mnist", "mnist_class", "mnist_classifier", "mnist_idk")
 FETCHED = {"flowers210": "flowers210"} | dict.fromkeys(MNIST, "mnist/train-images")  # data that the package index has
+# Their data are large or not to be fetched: drawn flowers of a few pixels take their place here, and their own data
+# modules are composed in test_unconditional_data.py.
+DRAWN = ["data=embedded", "data.n_train=8", "data.n_val=4", "data.batch_size=4"]
+SMALL_ADM = [*DRAWN, "data.size=16", "network.channels=32", "network.head_channels=32"]
 STAND_INS = {
+    "flowers102": SMALL_ADM,
+    "celeba": SMALL_ADM,
+    "cifar10": SMALL_ADM,
+    "flowers102_seed004": [*DRAWN, "data.size=16", "network.dim=16"],
+    "vae_flowers102": [*DRAWN, "data.size=16"],
+    "autoencoder_kl": [*DRAWN, "data.size=16", "network.channels=32"],
     "flowers": [*EMBEDDED, "data.batch_size=2"],
     "flowers_seed001": [*EMBEDDED, "data.batch_size=2"],
     "flowers_course": [*EMBEDDED, "data.batch_size=2"],
@@ -149,7 +159,7 @@ def test_every_experiment_runs_one_batch(experiment: str, call: Call, photos: Pa
     overrides = [f"experiment={experiment}", "debug=fdr", "trainer.accelerator=cpu", *STAND_INS.get(experiment, [])]
     if experiment != "clip_flowers":
         overrides += ["sampler.steps=2"]
-    if experiment.startswith("flowers") and experiment not in FETCHED:
+    if experiment.startswith("flowers") and experiment not in FETCHED and DRAWN[0] not in overrides:
         overrides += [f"data.path={photos}", "data.split={train: 0.75, val: 0.25}"]
     if experiment == "flowers_small":
         names = [str(path.relative_to(photos)) for path in sorted(photos.rglob("*.jpg"))]
@@ -165,6 +175,27 @@ def test_every_experiment_runs_one_batch(experiment: str, call: Call, photos: Pa
     folder = call("train.py", *overrides)
     assert not (folder / "checkpoints").exists()
     assert not (folder / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    "network", [["adm", "network.channels=32", "network.head_channels=32"], ["convnext_unet", "network.dim=16"]]
+)
+def test_the_demo_trains_with_the_other_networks(network: list[str], call: Call) -> None:
+    size = ["data.n_train=16", "data.n_val=8", "data.batch_size=8", "data.size=32", "network.c_embed_dim=64"]
+    quick = [
+        "sampler.steps=2",
+        "trainer.accelerator=cpu",
+        "trainer.max_steps=2",
+        "callbacks.embeddings.every_n_epochs=1",
+    ]
+    few = ["callbacks.samples.prompts=[a red rose]", "callbacks.samples.gif=never", "callbacks.clip=null"]
+    chosen = ["experiment=demo", f"network={network[0]}", *network[1:], *size, *quick, *few, "callbacks.best_clip=null"]
+    folder = call("train.py", *chosen, "trainer.check_val_every_n_epoch=1")
+    model = load_model(folder / "checkpoints" / "last.ckpt")
+    drawn = [model.sample(["a red rose"], [0], weight) for weight in (0.0, 3.0)]
+    assert not torch.equal(*drawn)
+    (rows,) = [np.load(path)["embeddings"] for path in sorted((folder / "embeddings").glob("*.npz"))[-1:]]
+    assert rows.shape == (2, 64)  # an image per weight
 
 
 def test_help_needs_no_torch_and_lists_every_experiment(command: Run) -> None:

@@ -1,0 +1,98 @@
+"""An autoencoder goes through train.py, sample.py and evaluate.py like every other model."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import train
+from diffusion import checkpoint, cli
+from diffusion.checkpoint import load_model
+from diffusion.evaluation.embeddings import load
+from diffusion.images import to_uint8
+from tests.e2e.test_train import DRAWN, ROOT
+
+Call = Callable[..., Path]
+TINY = ["experiment=vae_flowers102", *DRAWN, "data.n_train=16", "data.size=16", "trainer.accelerator=cpu"]
+QUICK = ["num_images=6", "batch_size=4", "inception=null", "nearest.space=pixels", "dataset=null"]
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vae")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(ROOT / "train.py"), *TINY, "trainer.max_epochs=2", f"hydra.run.dir={folder}"])
+        cli.run(train.main)
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def test_a_run_leaves_reconstructions_and_draws(vae: Path) -> None:
+    run = vae.parents[1]
+    assert list((run / "samples").glob("step-*.png"))
+    assert list((run / "reconstructions").glob("step-*.png"))
+    assert json.loads((run / "result.json").read_text())["parameters"] == sum(
+        p.numel() for p in load_model(vae).parameters()
+    )
+
+
+def test_sample_draws_one_image_per_seed(vae: Path, call: Call, refused: Callable[..., str]) -> None:
+    folder = call("sample.py", f"ckpt={vae}", "num_images=3", "seed=7", "batch_size=2")
+    drawn = to_uint8(load_model(vae).sample(None, [7, 8, 9])).permute(0, 2, 3, 1).numpy()
+    for k in range(3):
+        file = np.asarray(Image.open(folder / f"images/0000{k}.png"), dtype=int)
+        assert np.abs(file - drawn[k]).max() <= 1
+    assert json.loads((folder / "samples.json").read_text())["protocol"]["sampler"] is None
+    assert "gif" in refused("sample.py", f"ckpt={vae}", "gif=true", folder=folder / "other")
+    assert "leave them out" in refused("sample.py", f"ckpt={vae}", "prompts=[a red rose]", folder=folder / "other")
+
+
+@pytest.mark.parametrize(("when", "layer", "width"), [("last", None, 256), ("clean", "fc_mu", 128)])
+def test_evaluate_scores_it_like_any_model(vae: Path, call: Call, when: str, layer: str | None, width: int) -> None:
+    chosen = [f"embedding.when={when}", f"embedding.layer={layer or 'null'}"]
+    folder = call("evaluate.py", f"ckpt={vae}", *QUICK, *chosen)
+    content = json.loads((folder / "metrics.json").read_text())
+    assert (content["run"]["sampler"], content["run"]["steps"], content["run"]["T"]) == (None, 0, None)
+    assert content["run"]["embedding"]["layer"] == (layer or "decoder_input")
+    assert content["metrics"]["diversity_6"]["value"] > 0
+    assert (folder / "report.html").exists()
+    frame = pd.read_parquet(folder / "records.parquet")
+    assert list(frame["seed"]) == list(range(6))
+    rows, model = load(folder), load_model(vae)
+    assert rows.shape == (6, width)
+    images = model.sample(None, range(6))
+    with torch.no_grad():
+        from diffusion.rng import ImageRNG
+
+        network = model.trained
+        wanted = (
+            network.decoder_input(ImageRNG(range(6)).randn((128,))) if layer is None else network.encode(images).mean
+        )
+    assert np.allclose(rows, wanted.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("sampler=ddim", "takes no sampler"),
+        ("guidance.weight=1", "no condition"),
+        ("prompts=[a red rose]", "no condition"),
+        ("embedding={layer: null, form: flat, when: trace, steps: [0]}", "no steps to trace"),
+        ("embedding.layer=down2", "no layer 'down2'"),
+    ],
+)
+def test_what_it_has_not_is_said_first(vae: Path, refused: Callable[..., str], override: str, says: str) -> None:
+    assert says in refused("evaluate.py", f"ckpt={vae}", *QUICK, override)
+
+
+def test_another_kind_of_model_does_not_go_on_from_it(vae: Path, refused: Callable[..., str], tmp_path: Path) -> None:
+    assert "experiment" not in checkpoint.read(vae)["config"]
+    diffusion = ["experiment=flowers102_seed004", *DRAWN, "data.size=16", "network.dim=16", "trainer.accelerator=cpu"]
+    assert "holds another model" in refused("train.py", *diffusion, f"ckpt={vae}", folder=tmp_path / "other")
+    wider = [*TINY, "network.latent_dim=64", "trainer.max_epochs=3"]
+    assert "latent_dim = 128 there and 64 here" in refused("train.py", *wider, f"ckpt={vae}", folder=tmp_path / "other")
