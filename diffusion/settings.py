@@ -59,6 +59,7 @@ class Data(TypedDict):
     """See conf/evaluate.yaml, as what follows."""
 
     path: str | None
+    exclude: str | None
 
 
 class Clip(TypedDict):  # noqa: D101
