@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ from torch import Tensor
 from diffusion.assets import cache_dir
 from diffusion.errors import AntherError
 from diffusion.evaluation.inception import Extractor
+from diffusion.evaluation.nearest import radii
+from diffusion.evaluation.rows import Matrix, parts
 from diffusion.files import atomic, sha256
 
 Array = np.ndarray
 log = logging.getLogger(__name__)
+
+NEIGHBOURS = 3  # Of precision, recall and realism, as in their paper.
 
 _VERSION = 1  # Of what is stored and how it is computed.
 _CHUNK = 256  # Images whose features are in memory at a time.
@@ -48,6 +53,15 @@ class Reference:
 
     def __len__(self) -> int:
         return len(self.features)
+
+    @cached_property
+    def radii(self) -> Array:
+        """float64 (N,): how far the third nearest other image of each is; computed at the first use.
+
+        Raises:
+            AntherError: three images or fewer.
+        """
+        return radii(self.features, NEIGHBOURS)
 
 
 def reference(pixels: Tensor, names: Sequence[str], digest: str, split: str, extractor: Extractor) -> Reference:
@@ -94,19 +108,13 @@ def _key(pixels: Tensor, names: Sequence[str], digest: str, split: str, protocol
 
 
 def _compute(folder: Path, pixels: Tensor, label: str, extractor: Extractor) -> None:
-    from rich.console import Console
-    from rich.progress import track
-
     n, dim = len(pixels), extractor.dim
-    starts = track(
-        range(0, n, _CHUNK), description=label, transient=True, console=Console(stderr=True), disable=n <= _CHUNK
-    )
     with atomic(folder / "features.npy") as temporary, temporary.open("wb") as file:
         # A writable memory map would kill the process on a full disk.
         header = {"descr": "<f4", "fortran_order": False, "shape": (n, dim)}
         np.lib.format.write_array_header_1_0(file, header)
-        for start in starts:
-            file.write(extractor.features(pixels[start : start + _CHUNK]).pool.data)
+        for part in parts(n, _CHUNK, label):
+            file.write(extractor.features(pixels[part]).pool[:].data)
     features = np.load(folder / "features.npy", mmap_mode="r")
     mu, sigma = moments(features)
     for name, array in (("mu", mu), ("sigma", sigma)):
@@ -133,7 +141,7 @@ def _load(folder: Path, n: int, dim: int) -> tuple[Array, Array, Array] | None:
     return (features, mu, sigma) if (features.shape, sigma.shape) == ((n, dim), (dim, dim)) else None
 
 
-def moments(features: Array) -> tuple[Array, Array]:
+def moments(features: Matrix) -> tuple[Array, Array]:
     """Mean (D,) and covariance (D, D), divided by N - 1, of features (N, D) in float64, by chunks."""
     n, dim = features.shape
     mu = sum((np.asarray(features[k : k + _CHUNK], np.float64).sum(0) for k in range(0, n, _CHUNK)), np.zeros(dim)) / n

@@ -21,7 +21,7 @@ from diffusion.evaluation.report import print_metrics, read_metrics, split_key, 
 from diffusion.evaluation.scoring import Scorers
 from diffusion.evaluation.subject import Subject, load_data, load_subject
 from diffusion.fabric import make_fabric
-from diffusion.images import from_uint8, read_pngs
+from diffusion.images import PngFiles, from_uint8
 from diffusion.samplers import Sampler
 
 LIBRARIES = ("torch", "torchvision", "lightning", "torchmetrics", "open_clip_torch", "torch-fidelity", "fiftyone")
@@ -192,12 +192,12 @@ def _score(
     run = _facts(subject, plan, made, scorers)
     if before is not None and run["seconds"] is None:
         run["seconds"] = before[0].get("seconds")
-    images = read_pngs([folder / name for name in frame["file"]])
+    images = PngFiles([folder / name for name in frame["file"]])
     prompts = None if plan.prompts is None else list(frame["prompt"])
     labels = [label if isinstance(label, str) else None for label in frame["label"]]
-    scores = scorers.score(images, prompts, labels, protocol(plan))
+    scores = scorers.score(images, prompts, labels, protocol(plan), folder)
     if plan.embedding is not None:
-        scores.add(brain.scores(embeddings.load(folder)), {}, protocol(plan))
+        scores.add(brain.scores(embeddings.open_rows(folder)), {}, protocol(plan))
     records.with_columns(folder, scores.columns)
     write_metrics(folder, run, scores.results)
     return scores.results, True

@@ -106,7 +106,7 @@ def test_copies_are_at_their_centre():
 
 
 def test_scores_by_name():
-    scores = brain.scores(random(24).reshape(24, 2, 3))
+    scores = brain.scores(random(24))
     assert list(scores) == ["uniqueness", "representativeness", "representativeness_closeness"]
     np.testing.assert_array_equal(scores["uniqueness"], brain.uniqueness(random(24)))
     assert list(brain.scores(random(12))) == ["uniqueness", "representativeness_closeness"]
