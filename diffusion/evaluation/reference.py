@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ log = logging.getLogger(__name__)
 
 NEIGHBOURS = 3  # Of precision, recall and realism, as in their paper.
 
-_VERSION = 1  # Of what is stored and how it is computed.
+_VERSION = 2  # Of what is stored and how it is computed.
 _CHUNK = 256  # Images whose features are in memory at a time.
 
 
@@ -37,6 +36,7 @@ class Reference:
         features: float32 (N, 2048), row i for image i; a read-only memory map.
         mu: float64 (2048,), the mean.
         sigma: float64 (2048, 2048), the covariance, divided by N - 1.
+        radii: float64 (N,), how far the third nearest other image of each is; (0,) of three images or fewer.
         names: one per row: what the data set calls the image.
         digest: of the data set.
         split: its name.
@@ -46,6 +46,7 @@ class Reference:
     features: Array
     mu: Array
     sigma: Array
+    radii: Array
     names: tuple[str, ...]
     digest: str
     split: str
@@ -53,15 +54,6 @@ class Reference:
 
     def __len__(self) -> int:
         return len(self.features)
-
-    @cached_property
-    def radii(self) -> Array:
-        """float64 (N,): how far the third nearest other image of each is; computed at the first use.
-
-        Raises:
-            AntherError: three images or fewer.
-        """
-        return radii(self.features, NEIGHBOURS)
 
 
 def reference(pixels: Tensor, names: Sequence[str], digest: str, split: str, extractor: Extractor) -> Reference:
@@ -117,7 +109,8 @@ def _compute(folder: Path, pixels: Tensor, label: str, extractor: Extractor) -> 
             file.write(extractor.features(pixels[part]).pool[:].data)
     features = np.load(folder / "features.npy", mmap_mode="r")
     mu, sigma = moments(features)
-    for name, array in (("mu", mu), ("sigma", sigma)):
+    balls = radii(features, NEIGHBOURS) if n > NEIGHBOURS else np.zeros(0)
+    for name, array in (("mu", mu), ("sigma", sigma), ("radii", balls)):
         with atomic(folder / f"{name}.npy") as temporary, temporary.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
             file.write(array.data)
@@ -126,19 +119,19 @@ def _compute(folder: Path, pixels: Tensor, label: str, extractor: Extractor) -> 
         temporary.write_text(json.dumps({name: sha256(folder / name) for name in _FILES}, indent=1))
 
 
-_FILES = ("features.npy", "mu.npy", "sigma.npy")
+_FILES = ("features.npy", "mu.npy", "sigma.npy", "radii.npy")
 
 
-def _load(folder: Path, n: int, dim: int) -> tuple[Array, Array, Array] | None:
+def _load(folder: Path, n: int, dim: int) -> tuple[Array, Array, Array, Array] | None:
     try:
         digests = json.loads((folder / "files.json").read_text())
         if any(sha256(folder / name) != digests[name] for name in _FILES):
             return None
         features = np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)
-        mu, sigma = np.load(folder / "mu.npy"), np.load(folder / "sigma.npy")
+        mu, sigma, balls = (np.load(folder / f"{name}.npy") for name in ("mu", "sigma", "radii"))
     except (OSError, ValueError, KeyError, EOFError, TypeError):
         return None
-    return (features, mu, sigma) if (features.shape, sigma.shape) == ((n, dim), (dim, dim)) else None
+    return (features, mu, sigma, balls) if (features.shape, sigma.shape) == ((n, dim), (dim, dim)) else None
 
 
 def moments(features: Matrix) -> tuple[Array, Array]:
