@@ -51,7 +51,7 @@ def radii(features: Matrix, k: int = 3) -> Array:
     if len(features) <= k:
         raise AntherError(f"{len(features)} images have no {k} neighbours each; give at least {k + 1}.")
     # k + 1 of them, since each row is its own nearest.
-    return neighbours(features, k + 1)[:, k]
+    return neighbours(features, k + 1)[:, k].copy()
 
 
 def euclidean(a: Array, b: Array) -> Tensor:
