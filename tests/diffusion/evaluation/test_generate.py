@@ -99,7 +99,7 @@ def test_image_k_is_of_its_seed_and_prompt_in_any_batch_split(model, whole, batc
     plan = replace(PLAN, batch_size=batch_size)
     generate(model, plan, tmp_path)
     assemble(plan, tmp_path)
-    rows = open_rows(tmp_path)[:]
+    rows = np.load(tmp_path / "embeddings.npy")
     assert rows.dtype == np.float32
     assert rows.shape == (10, 32)
     for k in range(10):
@@ -132,7 +132,7 @@ def test_a_trace_is_kept_in_one_array_of_the_right_shape(model, form, tmp_path):
     plan = replace(PLAN, embedding=Embedding(form=form, when="trace", steps=(9, 0, 4)))
     generate(model, plan, tmp_path)
     assemble(plan, tmp_path)
-    rows = open_rows(tmp_path)[:]
+    rows = np.load(tmp_path / "embeddings.npy")
     assert rows.shape == ((10, 3, 32, 2, 2) if form == "raw" else (10, 3, 128))
     alone = sample_embedded(model, plan.embedding, ["two roses"], [107], 2.0, DDPM())[1]
     np.testing.assert_allclose(rows[7], alone[0], rtol=1e-3, atol=1e-4)
