@@ -1,27 +1,26 @@
-"""Scoring a folder of images: this project against torch-fidelity, and against one image at a time.
+"""Scoring a folder of images: this project against torch-fidelity, and against the course's way, an image at a time.
 
-Three comparisons, each of the same files in one process, in turns of half of the images:
+Comparisons of the same files in one process, in turns of half of the images; the reals' features are ready:
 
-    metrics    from files to all metrics of ours (CLIP score, FID, KID, precision, recall, nearest image, realism,
-               diversity, and the Inception Score where the weights have the last layer) against
-               `torch_fidelity.calculate_metrics` with FID, KID, precision, recall (and the Inception Score). The
-               reals' features are ready on both sides.
-    networks   CLIP and Inception by batches against the loop of the seeds' notebooks: one image per call. Their
-               guide also loads CLIP anew for every image; here it is loaded once on both sides, and the time that
-               loading takes is a line of its own.
-    distance   `calculate_fid` against the guide's formula with `scipy.linalg.sqrtm`, once.
+    ours             from files to all metrics of ours: CLIP score, FID, KID, precision, recall, nearest image, realism,
+                     and the Inception Score where the weights have the last layer
+    torch-fidelity   `calculate_metrics` with FID, KID, precision, recall (and the Inception Score); no CLIP
+    one by one       CLIP score and Inception features of one image per call, then the guide's formula of FID with
+                     `scipy.linalg.sqrtm`; as the guide is written, `calculate_clip_score` also loads CLIP for each
+                     image. Timed on 8 images and one loading; the cost of all is that times their number.
 
-Seconds are CPU seconds of this process and its children, since machines are shared; with one thread on all sides, since
-threads that wait for each other on a busy machine use seconds too. The values are compared first. Peak memory is that
-of a process that scores half of the images, and of one that scores all.
+The values are compared first. Seconds are CPU seconds of this process and its children, since machines are shared; with
+one thread on all sides, since threads that wait for each other on a busy machine use seconds too.
+
+Without `--clip` the CLIP has the guide's architecture, ViT-B-32, and random weights: what it costs is the same.
 
     python -m benchmarks.evaluate [--images 64] [--clip MODEL PRETRAINED]
 """
 
 import argparse
+import logging
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -42,13 +41,13 @@ from diffusion.assets import AssetError
 from diffusion.conditioning.openclip import load_clip
 from diffusion.evaluation.clip_score import ClipScore
 from diffusion.evaluation.distribution import distribution_metrics, subset_size
-from diffusion.evaluation.inception import Extractor, load_extractor
+from diffusion.evaluation.inception import Extractor, _default_weights, load_extractor, load_network
 from diffusion.evaluation.nearest import nearest, realism
 from diffusion.evaluation.reference import Reference, reference
-from diffusion.images import from_uint8, save_png
+from diffusion.images import from_uint8, read_pngs, save_png
 from diffusion.rng import generator
 
-REALS, TURNS = 32, 2
+REALS, TURNS, FEW = 32, 2, 8
 
 
 @dataclass
@@ -88,31 +87,31 @@ class Ours:
         self.scorer.load()
 
     def networks(self, task: Task) -> dict[str, Any]:
-        pixels = np.stack([np.asarray(Image.open(path)) for path in task.files])
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        images = read_pngs(task.files)
         clip = self.scorer.score(from_uint8(images), task.prompts)
         return {"images": images, "clip": clip.numpy(), "features": self.extractor.features(images)}
 
     def metrics(self, seen: dict[str, Any]) -> dict[str, float | None]:
         features, reals = seen["features"], self.reference.features
         nearest(features.pool, reals)
-        realism(features.pool, reals)
+        realism(features.pool, reals, self.reference.radii)
         results = distribution_metrics(features, self.reference, seen["images"], self.extractor, {}, few_images="allow")
         return {key.rpartition("_")[0]: result.value for key, result in results.items()}
 
 
 class OneByOne:
-    """The loop of the notebooks: one image per call."""
+    """The loop of the notebooks: one image per call, by the network as it is published."""
 
-    def __init__(self, extractor: Extractor, clip: tuple[str, str]) -> None:
-        self.extractor, self.clip = extractor, clip
+    def __init__(self, clip: tuple[str, str]) -> None:
+        self.network, self.clip = load_network(_default_weights())[0], clip
 
     def networks(self, task: Task) -> dict[str, np.ndarray]:
         scores, rows = [], []
         for path, prompt in zip(task.files, task.prompts, strict=True):
             scores.append(calculate_clip_score(path, prompt, *self.clip))
             pixels = torch.from_numpy(np.asarray(Image.open(path)).copy()).permute(2, 0, 1)
-            rows.append(self.extractor.features(pixels[None]).pool)
+            with torch.inference_mode():
+                rows.append(self.network(pixels[None])[0].numpy())
         return {"clip": np.array(scores), "pool": np.concatenate(rows)}
 
 
@@ -122,7 +121,7 @@ class TorchFidelity:
     def __init__(self, task: Task, extractor: Extractor, folder: Path) -> None:
         for k, image in enumerate(task.reals):
             save_png(from_uint8(image), folder / "reals" / f"{k:06d}.png")
-        torch.save(extractor._network.state_dict(), folder / "inception.pth")
+        torch.save(load_network(_default_weights())[0].state_dict(), folder / "inception.pth")
         self.extractor, self.folder = extractor, folder
 
     def warm_up(self, image: torch.Tensor) -> None:
@@ -187,45 +186,42 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def peak_megabytes(n: int, clip: tuple[str, str]) -> int:
-    command = [sys.executable, "-m", "benchmarks.evaluate", "--images", str(n), "--clip", *clip, "--only-ours"]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def random_clip(folder: Path) -> tuple[str, str]:
+    """A file of weights of the guide's architecture that nobody trained."""
+    from open_clip import create_model
+    from safetensors.torch import save_file
 
-
-def only_ours(n: int, clip: tuple[str, str]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        task = make_task(n, Path(folder))
-        ours = Ours(task, clip)
-        ours.metrics(ours.networks(task))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = create_model("ViT-B-32")
+    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, folder / "clip.safetensors")
+    return "ViT-B-32", str(folder / "clip.safetensors")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluate")
     parser.add_argument("--images", type=int, default=64, help="how many are scored")
-    parser.add_argument("--clip", nargs=2, default=("anther-flowers-32", "embedded"), metavar=("MODEL", "PRETRAINED"))
-    parser.add_argument("--only-ours", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--clip", nargs=2, metavar=("MODEL", "PRETRAINED"), help="instead of a random ViT-B-32")
     options = parser.parse_args()
-    n, clip = options.images, tuple(options.clip)
+    n = options.images
     if n < 32:
         parser.error("--images must be 32 or more")
     warnings.filterwarnings("ignore", message="This DataLoader will create")  # torch-fidelity's
+    logging.disable(logging.WARNING)  # open_clip's, of weights that are meant to be random
     torch.set_num_threads(1)
     threadpool_limits(1)
     try:
         load_extractor()
     except AssetError as error:
         sys.exit(f"error: nothing was measured: {error}")
-    if options.only_ours:
-        only_ours(n, clip)
-        return
 
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
+        clip = tuple(options.clip) if options.clip else random_clip(Path(folder))
         task = make_task(n, Path(folder))
         ours = Ours(task, clip)
         theirs = TorchFidelity(task, ours.extractor, Path(folder))
-        one_by_one = OneByOne(ours.extractor, clip)
+        one_by_one = OneByOne(clip)
         size = -(-n // TURNS)
         warm_up = task.part(slice(0, 2))
         ours.networks(warm_up)
@@ -234,7 +230,7 @@ def main() -> None:
 
         for turn in range(TURNS):
             part = task.part(slice(turn * size, (turn + 1) * size))
-            few = part.part(slice(0, 16))
+            few = part.part(slice(0, FEW))
             took = {}
             took["torch-fidelity"], expected = timed(theirs.metrics, part)
             took["networks"], batched = timed(ours.networks, part)
@@ -243,11 +239,10 @@ def main() -> None:
             for key, value in expected.items():
                 tolerance = 1e-3 if key.startswith("is") else 1e-6
                 assert np.isclose(values[key], value, rtol=tolerance, atol=0), (key, values[key], value)
-            assert np.allclose(single["clip"], batched["clip"][:16], atol=1e-5)
-            assert np.allclose(single["pool"], batched["features"].pool[:16], atol=1e-4)
+            assert np.allclose(single["clip"], batched["clip"][:FEW], atol=1e-5)
+            assert np.allclose(single["pool"], batched["features"].pool[:FEW], atol=1e-4)
             for side, s in took.items():
-                seconds.setdefault(side, []).append(s / len(few.files if side == "one by one" else part.files))
-        seconds["all"] = [a + b for a, b in zip(seconds["networks"], seconds["metrics"], strict=True)]
+                seconds.setdefault(side, []).append(s)
 
         real, generated = np.asarray(ours.reference.features), batched["features"].pool
         guide_seconds, guide = timed(guides_fid, real, generated)
@@ -256,29 +251,35 @@ def main() -> None:
         # The guide's root of a singular matrix is not exact.
         assert np.isclose(fid, guide, rtol=1e-4), (fid, guide)
 
-    def row(name: str, side: str) -> None:
-        print(f"{name:48}{1 / statistics.median(seconds[side]):8.2f} images per CPU second")
+    half = {side: statistics.median(values) for side, values in seconds.items()}
+    all_of_ours = half["networks"] + half["metrics"]
+    once = size * half["one by one"] / FEW + guide_seconds
+    clip_name = "a random ViT-B-32" if not options.clip else ours.scorer.name
+    print(
+        f"{size} images of 32 px, {REALS} reals, {clip_name}, Inception {ours.extractor.weights_hash[:8]}, one thread"
+    )
+    print(f"equal to torch-fidelity: {', '.join(expected)}; to one image per call: CLIP scores, features, FID")
+    print(f"{'':52}{'CPU s':>9}{'ratio':>8}")
 
-    def ratio(a: str, b: str) -> None:
-        pairs = zip(seconds[a], seconds[b], strict=True)
-        print(f"{'ratio':48}{statistics.median(theirs / ours for ours, theirs in pairs):8.3f}")
+    def row(what: str, value: float, against: float | None = None) -> None:
+        print(f"{what:52}{value:9.2f}" + (f"{value / against:8.2f}" if against else ""))
 
-    scorer = f"{ours.scorer.name}, FID Inception {ours.extractor.weights_hash[:8]}"
-    print(f"{n} images of 32 px in {TURNS} turns, {REALS} reals, {scorer}, one thread")
-    print(f"equal on both sides: {', '.join(expected)}")
-    row("CLIP, Inception and all metrics, ours", "all")
-    row("Inception and these metrics, torch-fidelity", "torch-fidelity")
-    ratio("all", "torch-fidelity")
-    row("CLIP and Inception, ours", "networks")
-    row("CLIP and Inception, one image per call", "one by one")
-    ratio("networks", "one by one")
-    rows = f"{len(generated)} and {len(real)} rows"
-    print(f"{'loading CLIP, in the guide once per image':48}{clip_seconds:8.2f} CPU seconds")
-    print(f"{f'Fréchet distance of {rows}, calculate_fid':48}{our_seconds:8.4f} CPU seconds")
-    print(f"{f'Fréchet distance of {rows}, sqrtm':48}{guide_seconds:8.4f} CPU seconds")
-    print(f"{'ratio':48}{guide_seconds / our_seconds:8.0f}")
-    for count in (size, n):
-        print(f"{f'peak memory, {count} images':48}{peak_megabytes(count, clip):8d} MB")
+    row("ours: CLIP, Inception and all metrics", all_of_ours)
+    row("  of these CLIP and Inception", half["networks"])
+    row("ours without CLIP", without := all_of_ours - size * clip_share(ours, batched["images"], few.prompts))
+    row("torch-fidelity: Inception and these metrics", half["torch-fidelity"], all_of_ours)
+    row("  against ours without CLIP", half["torch-fidelity"], without)
+    row("one by one, CLIP loaded once", once, all_of_ours)
+    row("one by one as written, CLIP loaded for each image", once + size * clip_seconds, all_of_ours)
+    row("  of these one loading of CLIP", clip_seconds)
+    row("  and the Fréchet distance by sqrtm", guide_seconds)
+    row("Fréchet distance by calculate_fid", our_seconds)
+
+
+def clip_share(ours: Ours, images: torch.Tensor, prompts: list[str]) -> float:
+    """CPU seconds of one image's CLIP score in a batch."""
+    few = from_uint8(images[: len(prompts)])
+    return timed(ours.scorer.score, few, prompts)[0] / len(prompts)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import torch
@@ -85,6 +85,39 @@ def save_png(image: Tensor, path: Path | str) -> None:
     """Writes one image (C, H, W) in [-1, 1] as a lossless PNG."""
     with atomic(path) as temporary:
         to_pil(image).save(temporary, format="PNG")
+
+
+class PngFiles:
+    """Files that `save_png` wrote, read when they are asked for: what a tensor uint8 (N, C, H, W) is to its reader.
+
+    Args:
+        paths: one or more, all of one size.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = list(paths)
+        self.shape = (len(self._paths), *read_pngs(self._paths[:1]).shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @overload
+    def __getitem__(self, index: "int | slice") -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: "Sequence[int] | np.ndarray") -> "PngFiles": ...
+
+    def __getitem__(self, index: "int | slice | Sequence[int] | np.ndarray") -> "Tensor | PngFiles":
+        """One image, consecutive ones, or a choice of the files, which is not read yet."""
+        if isinstance(index, int):
+            return read_pngs([self._paths[index]])[0]
+        if isinstance(index, slice):
+            return read_pngs(self._paths[index])
+        return PngFiles([self._paths[k] for k in index])
+
+
+Images = Tensor | PngFiles
+"""uint8 (N, C, H, W), in memory or in files: `len(images)`, `images.shape`, `images[7]`, `images[8:16]`."""
 
 
 def read_pngs(paths: Sequence[Path]) -> Tensor:

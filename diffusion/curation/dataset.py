@@ -18,6 +18,8 @@ from diffusion.evaluation.report import public, read_metrics
 if TYPE_CHECKING:
     import pandas as pd
 
+    from diffusion.evaluation.rows import Rows
+
 EMBEDDING = "unet_embedding"
 SCORES = ("uniqueness", "representativeness", "representativeness_closeness")
 VIEWED = 50  # images in a saved view, and at most a quarter of all
@@ -66,13 +68,13 @@ class Run:
     Attributes:
         folder: absolute.
         frame: its records, sorted by id.
-        embeddings: (N, D), row i of record i, or None.
+        embeddings: (N, D), row i of record i, in their file; or None.
         facts: `run` and `metrics` of metrics.json.
     """
 
     folder: Path
     frame: "pd.DataFrame"
-    embeddings: NDArray[np.floating] | None
+    embeddings: "Rows | None"
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -93,10 +95,9 @@ def read_run(folder: Path | str) -> Run:
         )
     embeddings = None
     if (folder / "embeddings.npy").exists():
-        from diffusion.evaluation.embeddings import load
+        from diffusion.evaluation.embeddings import open_rows
 
-        embeddings = load(folder)
-        embeddings = embeddings.reshape(len(embeddings), -1)
+        embeddings = open_rows(folder)
         if len(embeddings) != len(frame):
             raise AntherError(
                 f"{folder / 'embeddings.npy'} has {len(embeddings)} rows for {len(frame)} records: delete it and "
@@ -228,7 +229,7 @@ def _joined(runs: Sequence[Run]) -> tuple[NDArray[np.floating] | None, list[str]
         return None, [f"{EMBEDDING}, {', '.join(SCORES)}, umap, pca: the run has no embeddings.npy"]
     if None in lengths or len(lengths) > 1:
         return None, [f"{EMBEDDING}, {', '.join(SCORES)}, umap, pca: the runs' embeddings are not of one length"]
-    return np.concatenate([run.embeddings for run in runs if run.embeddings is not None]), []
+    return np.concatenate([run.embeddings[:] for run in runs if run.embeddings is not None]), []
 
 
 def _score(dataset: Any, embeddings: NDArray[np.floating], left_out: list[str]) -> dict[str, list[float | None]]:

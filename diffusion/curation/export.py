@@ -10,10 +10,12 @@ from pathlib import Path
 from diffusion.curation import database
 from diffusion.curation.dataset import EMBEDDING, plain, read_run, rename
 from diffusion.errors import AntherError
+from diffusion.evaluation.rows import parts
 
 DATASET = "dataset"
 IMAGEFOLDER = "imagefolder"
 SPLIT = "test"
+_GROUP = 1000  # Images whose embeddings are in memory at a time; what `datasets` would write, too.
 
 
 def export_fiftyone(name: str, folder: Path | str) -> Path:
@@ -101,14 +103,22 @@ def export_imagefolder(folder: Path | str) -> Path:
         values = [plain(value) for value in run.frame[key]]
         if any(value is not None for value in values):
             columns[key] = pa.array(values)
+    table, schema = pa.table(columns), pa.table(columns).schema
     if run.embeddings is not None:
-        columns[EMBEDDING] = pa.FixedSizeListArray.from_arrays(run.embeddings.ravel(), run.embeddings.shape[1])
+        kind = pa.list_(pa.float32(), run.embeddings.shape[1])
+        schema = schema.append(pa.field(EMBEDDING, kind))
     target = Path(folder) / IMAGEFOLDER
     with _whole_folder(target) as temporary:
         (temporary / SPLIT).mkdir()
         for file, name in zip(run.frame["file"], names, strict=True):
             shutil.copyfile(run.folder / file, temporary / SPLIT / name)
-        pq.write_table(pa.table(columns), temporary / SPLIT / "metadata.parquet")
+        with pq.ParquetWriter(temporary / SPLIT / "metadata.parquet", schema) as writer:
+            for part in parts(len(names), _GROUP):
+                rows = table.slice(part.start, part.stop - part.start)
+                if run.embeddings is not None:
+                    vectors = pa.FixedSizeListArray.from_arrays(run.embeddings[part].ravel(), type=kind)
+                    rows = rows.append_column(schema.field(EMBEDDING), vectors)
+                writer.write_table(rows)
     return target
 
 

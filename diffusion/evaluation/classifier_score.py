@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from diffusion.errors import AntherError
@@ -12,11 +13,14 @@ from diffusion.evaluation.classifier import load_classifier
 from diffusion.evaluation.distribution import SEED, fid, kid, subset_size
 from diffusion.evaluation.metric import Result
 from diffusion.evaluation.reference import moments
+from diffusion.evaluation.rows import parts
 from diffusion.evaluation.selective import IDK, cascade
-from diffusion.images import from_uint8
+from diffusion.images import Images, from_uint8
 from diffusion.networks.classifier import infer
 
 Array = np.ndarray
+
+BATCH = 1000  # images in memory at a time
 
 
 class ClassifierScore:
@@ -62,7 +66,7 @@ class ClassifierScore:
             "N_real": len(self._reals),
         }
 
-    def check(self, images: Tensor) -> None:
+    def check(self, images: Images) -> None:
         """Refuses images of another shape than the classifier takes.
 
         Raises:
@@ -75,7 +79,7 @@ class ClassifierScore:
             )
 
     def score(
-        self, images: Tensor, labels: Sequence[str | None], run_protocol: Mapping[str, Any]
+        self, images: Images, labels: Sequence[str | None], run_protocol: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Result]]:
         """Columns of the records, and the metrics of the set.
 
@@ -90,7 +94,8 @@ class ClassifierScore:
         """
         self.check(images)
         n, digits, temperature = len(images), self.network.digits, self.classifier.temperature
-        logits, features = (rows.double() for rows in infer(self.network, from_uint8(images)))
+        found = [infer(self.network, from_uint8(images[part])) for part in parts(n, BATCH)]
+        logits, features = (torch.cat(rows).double() for rows in zip(*found, strict=True))
         decided = cascade(logits.numpy(), self.threshold, temperature, digits)
         best = (logits[:, :digits] / temperature).softmax(1).topk(2)
         final = decided.final

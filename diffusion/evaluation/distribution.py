@@ -1,21 +1,21 @@
 """How near a set of images is to the real ones: FID, KID, Inception Score, precision and recall, diversity."""
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion.assets import ASSETS, cache_dir
 from diffusion.errors import AntherError
 from diffusion.evaluation.inception import Extractor, Features
 from diffusion.evaluation.metric import Result
 from diffusion.evaluation.nearest import inside, radii
-from diffusion.evaluation.reference import Reference, moments
+from diffusion.evaluation.reference import NEIGHBOURS, Reference, moments
+from diffusion.evaluation.rows import Matrix, parts
+from diffusion.images import Images
 from diffusion.rng import generator
 
 Array = np.ndarray
@@ -34,6 +34,11 @@ VERDICTS: Mapping[str, tuple[Literal["lower", "higher"], float, float]] = {
     "is": ("higher", 3.0, 7.0),
 }
 """Seed 004's borders: the better direction, good, excellent."""
+
+PAIRED = 10_000
+"""More images than this are not paired with each other: a seeded choice of so many is."""
+
+_LOGITS = 1024  # Rows in memory at a time.
 _GRAM_ROWS = 4096  # The kernel of all pairs of so many images takes 134 MB.
 
 
@@ -75,7 +80,7 @@ def check_number(generated: int, real: int, few_images: FewImages = "refuse", mi
         )
 
 
-def fid(generated: Array, mu: Array, sigma: Array) -> float:
+def fid(generated: Matrix, mu: Array, sigma: Array) -> float:
     """Fréchet distance of the Gaussians through generated features (N, D) and through the reals.
 
     FID = |mu_g - mu_r|^2 + tr(sigma_g + sigma_r - 2 (sigma_g sigma_r)^(1/2)), covariances divided by N - 1, in
@@ -97,7 +102,7 @@ def fid(generated: Array, mu: Array, sigma: Array) -> float:
     return float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID])
 
 
-def kid(generated: Array, real: Array, subsets: int = 100, seed: int = SEED) -> tuple[float, float]:
+def kid(generated: Matrix, real: Matrix, subsets: int = 100, seed: int = SEED) -> tuple[float, float]:
     """Kernel distance: the unbiased squared MMD with k(x, y) = (x . y / D + 1)^3, over random subsets.
 
     Subsets have min(1000, N, M) images, drawn as torch-fidelity draws them; in float64. Slightly negative values mean
@@ -126,7 +131,7 @@ def kid(generated: Array, real: Array, subsets: int = 100, seed: int = SEED) -> 
         values = [poly_mmd(_float64(real[j]), _float64(generated[i])) for i, j in draws]
     else:
         # Most pairs are in many subsets: the kernel is computed once for all.
-        g, r = _float64(generated), _float64(real)
+        g, r = _float64(generated[:]), _float64(real[:])
         k_gg, k_gr, k_rr = poly_kernel(g, g), poly_kernel(g, r), poly_kernel(r, r)
         values = [
             maximum_mean_discrepancy(k_gg[i][:, i], k_gr[i][:, j], k_rr[j][:, j])
@@ -141,7 +146,7 @@ def subset_size(generated: int, real: int) -> int:
     return min(1000, generated, real)
 
 
-def inception_score(logits: Array, splits: int = 10, seed: int = SEED) -> tuple[float, float]:
+def inception_score(logits: Matrix, splits: int = 10, seed: int = SEED) -> tuple[float, float]:
     """exp(mean KL(p(y|x) || p(y))): sure of each image and unsure of the set; 1 at worst, 1008 at best.
 
     Order and borders of the splits are torch-fidelity's; in float64.
@@ -156,21 +161,24 @@ def inception_score(logits: Array, splits: int = 10, seed: int = SEED) -> tuple[
 
     Reference: Salimans et al., 2016, arXiv:1606.03498.
     """
-    from torchmetrics.image.inception import InceptionScore
-
     order = np.random.RandomState(seed).permutation(len(logits))
     borders = [k * len(logits) // splits for k in range(splits + 1)]
     scores = []
-    with _undisturbed():
-        for start, stop in pairwise(borders):
-            # One split each: torchmetrics' own shuffle cannot be seeded, and its splits are not the reference's.
-            metric = InceptionScore(nn.Identity(), splits=1)
-            metric.update(_float64(logits[order[start:stop]]))
-            scores.append(float(metric.compute()[0]))
+    for start, stop in pairwise(borders):
+        rows, mean_p, mean_log = order[start:stop], torch.zeros(logits.shape[1], dtype=torch.float64), 0.0
+        for part in parts(len(rows), _LOGITS):
+            log_p = _float64(logits[rows[part]]).log_softmax(1)
+            p = log_p.exp()
+            mean_p += p.sum(0) / len(rows)
+            mean_log += float((p * log_p).sum()) / len(rows)
+        # The mean of KL(p || mean_p) is the mean of sum p log p, less sum mean_p log mean_p: no row is needed twice.
+        scores.append(float(np.exp(mean_log - float(torch.xlogy(mean_p, mean_p).sum()))))
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def precision_recall(generated: Array, real: Array, k: int = 3) -> tuple[float, float]:
+def precision_recall(
+    generated: Matrix, real: Matrix, k: int = NEIGHBOURS, real_radii: Array | None = None
+) -> tuple[float, float]:
     """Shares of generated images that lie among the reals, and of reals that lie among the generated ones.
 
     A point lies among others if it is not farther from one of them than the k-th nearest of its own kind.
@@ -179,18 +187,19 @@ def precision_recall(generated: Array, real: Array, k: int = 3) -> tuple[float, 
         generated: (N, D), N > k.
         real: (M, D), M > k.
         k: the neighbour that gives the radius.
+        real_radii: (M,), where they are known.
 
     Raises:
         AntherError: k images or fewer on a side.
 
     Reference: Kynkäänniemi et al., 2019, arXiv:1904.06991.
     """
-    precision = inside(generated, real, radii(real, k)).mean()
+    precision = inside(generated, real, radii(real, k) if real_radii is None else real_radii).mean()
     recall = inside(real, generated, radii(generated, k)).mean()
     return float(precision), float(recall)
 
 
-def diversity(images: Tensor, seed: int = SEED) -> float:
+def diversity(images: Images, seed: int = SEED) -> float:
     """Mean L2 distance of random pairs of images in [0, 1], as seed 004 takes it.
 
     min(100, 2 N) pairs, both drawn with replacement, so that an image may meet itself.
@@ -203,29 +212,43 @@ def diversity(images: Tensor, seed: int = SEED) -> float:
     return float(np.mean([float((images[i].double() - images[j].double()).norm()) / 255 for i, j in pairs.tolist()]))
 
 
-def diversity_pairs(images: Tensor) -> float:
+def diversity_pairs(images: Images) -> float:
     """Mean L2 distance over all pairs i < j of images in [0, 1]; exact, in O(N^2) time.
 
     Args:
         images: uint8 (N, C, H, W), N of 2 or more.
     """
-    rows = images.flatten(1)
-    step = min(1024, max(1, 2**21 // rows.shape[1]))
+    n, numbers = len(images), int(np.prod(images.shape[1:]))
+    # Files are read once where all of them take 32 MB or less.
+    held = list(parts(n, max(1, 2**25 // numbers)))
     total = 0.0
-    for a in range(0, len(rows), step):
-        x = rows[a : a + step].double()
-        for b in range(a, len(rows), step):
-            y = rows[b : b + step].double()
+    for k, a in enumerate(held):
+        ours = images[a].flatten(1)
+        for b in held[k:]:
+            theirs = ours if b is a else images[b].flatten(1)
+            total += _sum_of_distances(ours, theirs) * (0.5 if b is a else 1.0)
+    return total / 255 / (n * (n - 1) / 2)
+
+
+def _sum_of_distances(a: Tensor, b: Tensor) -> float:
+    """Over all pairs of a row of `a` and one of `b`, whole numbers."""
+    step = min(1024, max(1, 2**21 // a.shape[1]))
+    total = 0.0
+    for i in range(0, len(a), step):
+        x = a[i : i + step].double()
+        # Of a block with itself each distance is there twice, and those of the blocks behind it count twice.
+        for j in range(i if a is b else 0, len(b), step):
+            y = b[j : j + step].double()
             # Whole numbers below 2^53: exact, also for equal images.
             squares = x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T
-            total += float(squares.sqrt().sum()) * (0.5 if a == b else 1.0)
-    return total / 255 / (len(rows) * (len(rows) - 1) / 2)
+            total += float(squares.sqrt().sum()) * (2.0 if a is b and i != j else 1.0)
+    return total
 
 
 def distribution_metrics(
     generated: Features,
     reference: Reference,
-    images: Tensor,
+    images: Images,
     extractor: Extractor,
     run_protocol: Mapping[str, Any],
     few_images: FewImages = "refuse",
@@ -290,20 +313,22 @@ def distribution_metrics(
         add("is", mean, "higher", splits)
         add("is_std", deviation, None, splits)
 
-    k = 3
+    k = NEIGHBOURS
     if min(n, m) <= k:
         why = f"{min(n, m)} images have no {k} neighbours each"
         add("precision", None, "higher", {"neighbours": k}, why)
         add("recall", None, "higher", {"neighbours": k}, why)
     else:
-        precision, recall = precision_recall(generated.pool, reference.features, k)
+        precision, recall = precision_recall(generated.pool, reference.features, k, reference.radii)
         add("precision", precision, "higher", {"neighbours": k})
         add("recall", recall, "higher", {"neighbours": k})
     return results
 
 
-def diversity_metrics(images: Tensor, run_protocol: Mapping[str, Any]) -> dict[str, Result]:
+def diversity_metrics(images: Images, run_protocol: Mapping[str, Any]) -> dict[str, Result]:
     """The diversity of a set of images, in the seeds' form and over all pairs; needs neither reals nor a network.
+
+    Above 10,000 images the pairs are those of 10,000 of them, and the key says so: `diversity_pairs_10000`.
 
     Args:
         images: uint8 (N, C, H, W).
@@ -315,8 +340,13 @@ def diversity_metrics(images: Tensor, run_protocol: Mapping[str, Any]) -> dict[s
     sampled = {**shared, "pairs": min(100, 2 * n), "scoring_seed": SEED}
     results = {f"diversity_{n}": Result(diversity(images), note=note, protocol=sampled)}
     if n > 1:
-        every = {**shared, "pairs": n * (n - 1) // 2}
-        results[f"diversity_pairs_{n}"] = Result(diversity_pairs(images), note=note, protocol=every)
+        paired = images if n <= PAIRED else images[np.random.RandomState(SEED).permutation(n)[:PAIRED]]
+        k = len(paired)
+        every = {**shared, "N": k, "pairs": k * (k - 1) // 2}
+        if k < n:
+            every |= {"chosen_from": n, "scoring_seed": SEED}
+            note = f"of {k} of the {n} images, drawn with seed {SEED}; {note}"
+        results[f"diversity_pairs_{k}"] = Result(diversity_pairs(paired), note=note, protocol=every)
     return results
 
 
@@ -326,14 +356,6 @@ def _without_fc(extractor: Extractor) -> str:
         f"the Inception weights {extractor.weights_hash[:8]} have no fc layer, which this score is made of: put "
         f"{full.urls[0]} at {cache_dir() / 'assets' / full.file}"
     )
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Within, torchmetrics may shuffle and warn of its memory; nobody outside sees either."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _float64(rows: Array) -> Tensor:

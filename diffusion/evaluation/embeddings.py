@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.errors import AntherError
+from diffusion.evaluation.rows import Rows
 from diffusion.files import atomic
 from diffusion.samplers import Sampler, Step
 
@@ -201,17 +202,15 @@ def sample_embedded(
         return images, latest()
 
 
-def load(folder: Path | str) -> np.ndarray:
-    """The embeddings of a folder's images, float32 (N, ...); row i belongs to record i.
+def open_rows(folder: Path | str) -> Rows:
+    """The embeddings of a folder's images, (N, D), in their file; row i belongs to record i.
 
     Raises:
         AntherError: there are none, or the file is damaged.
     """
     path = Path(folder) / FILE
     try:
-        rows = np.load(path, allow_pickle=False)
-        if not isinstance(rows, np.ndarray):
-            raise ValueError("an archive of arrays")
+        return Rows.of_npy(path)
     except FileNotFoundError as error:
         raise AntherError(
             f"there are no embeddings at {path}: give the folder of a run of evaluate.py that took them."
@@ -220,7 +219,6 @@ def load(folder: Path | str) -> np.ndarray:
         raise AntherError(
             f"{path} is damaged and cannot be read: delete it and run evaluate.py again with this hydra.run.dir."
         ) from error
-    return rows
 
 
 def save_embeddings(

@@ -33,6 +33,7 @@ STYLE: Any = {
     "text.parse_math": False,  # a prompt may hold a dollar
 }
 MARKERS = "os^DvP"
+EMBEDDED = 2000  # images on the map of embeddings; a choice of so many where there are more
 UMAP_MINIMUM = 16  # images; UMAP's default neighbourhood is 15
 
 
@@ -257,14 +258,19 @@ def _embeddings(
 ) -> "dict[str, Figure | None]":
     import numpy as np
 
-    from diffusion.evaluation.embeddings import load
+    from diffusion.evaluation.embeddings import open_rows
 
     pictures: dict[str, Figure | None] = {"embedding_prompt": None, "embedding_score": None}
     if len(frame) < 3 or not (folder / "embeddings.npy").exists():
         return pictures
-    points = np.asarray(load(folder), np.float32).reshape(len(frame), -1)
-    if points.shape[1] < 2:
+    every, total = open_rows(folder), len(frame)
+    if every.shape[1] < 2:
         return pictures
+    if total > EMBEDDED:
+        chosen = np.sort(np.random.default_rng(seed).permutation(total)[:EMBEDDED])
+        points, frame = every[chosen], frame.iloc[chosen]
+    else:
+        points = every[:]
     if len(points) < UMAP_MINIMUM:
         from sklearn.decomposition import PCA
 
@@ -280,7 +286,7 @@ def _embeddings(
         (name for name in ("prompt", "label", "final_label") if name in frame and frame[name].notna().any()), None
     )
     score = next((name for name in SCORES if name in frame and frame[name].notna().any()), None)
-    title = f"Embeddings of {len(frame)} images ({method})"
+    title = f"Embeddings of {len(frame)}{f' of {total}' if len(frame) < total else ''} images ({method})"
     if what:
         pictures["embedding_prompt"] = _by_class(places, frame[what].tolist(), f"{title} by {what}", names)
     if score:

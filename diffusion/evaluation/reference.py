@@ -15,12 +15,16 @@ from torch import Tensor
 from diffusion.assets import cache_dir
 from diffusion.errors import AntherError
 from diffusion.evaluation.inception import Extractor
+from diffusion.evaluation.nearest import radii
+from diffusion.evaluation.rows import Matrix, parts
 from diffusion.files import atomic, sha256
 
 Array = np.ndarray
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # Of what is stored and how it is computed.
+NEIGHBOURS = 3  # Of precision, recall and realism, as in their paper.
+
+_VERSION = 2  # Of what is stored and how it is computed.
 _CHUNK = 256  # Images whose features are in memory at a time.
 
 
@@ -32,6 +36,7 @@ class Reference:
         features: float32 (N, 2048), row i for image i; a read-only memory map.
         mu: float64 (2048,), the mean.
         sigma: float64 (2048, 2048), the covariance, divided by N - 1.
+        radii: float64 (N,), how far the third nearest other image of each is; (0,) of three images or fewer.
         names: one per row: what the data set calls the image.
         digest: of the data set.
         split: its name.
@@ -41,6 +46,7 @@ class Reference:
     features: Array
     mu: Array
     sigma: Array
+    radii: Array
     names: tuple[str, ...]
     digest: str
     split: str
@@ -94,22 +100,17 @@ def _key(pixels: Tensor, names: Sequence[str], digest: str, split: str, protocol
 
 
 def _compute(folder: Path, pixels: Tensor, label: str, extractor: Extractor) -> None:
-    from rich.console import Console
-    from rich.progress import track
-
     n, dim = len(pixels), extractor.dim
-    starts = track(
-        range(0, n, _CHUNK), description=label, transient=True, console=Console(stderr=True), disable=n <= _CHUNK
-    )
     with atomic(folder / "features.npy") as temporary, temporary.open("wb") as file:
         # A writable memory map would kill the process on a full disk.
         header = {"descr": "<f4", "fortran_order": False, "shape": (n, dim)}
         np.lib.format.write_array_header_1_0(file, header)
-        for start in starts:
-            file.write(extractor.features(pixels[start : start + _CHUNK]).pool.data)
+        for part in parts(n, _CHUNK, label):
+            file.write(extractor.features(pixels[part]).pool[:].data)
     features = np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)
     mu, sigma = moments(features)
-    for name, array in (("mu", mu), ("sigma", sigma)):
+    balls = radii(features, NEIGHBOURS) if n > NEIGHBOURS else np.zeros(0)
+    for name, array in (("mu", mu), ("sigma", sigma), ("radii", balls)):
         with atomic(folder / f"{name}.npy") as temporary, temporary.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
             file.write(array.data)
@@ -118,22 +119,22 @@ def _compute(folder: Path, pixels: Tensor, label: str, extractor: Extractor) -> 
         temporary.write_text(json.dumps({name: sha256(folder / name) for name in _FILES}, indent=1))
 
 
-_FILES = ("features.npy", "mu.npy", "sigma.npy")
+_FILES = ("features.npy", "mu.npy", "sigma.npy", "radii.npy")
 
 
-def _load(folder: Path, n: int, dim: int) -> tuple[Array, Array, Array] | None:
+def _load(folder: Path, n: int, dim: int) -> tuple[Array, Array, Array, Array] | None:
     try:
         digests = json.loads((folder / "files.json").read_text())
         if any(sha256(folder / name) != digests[name] for name in _FILES):
             return None
         features = np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)
-        mu, sigma = (np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("mu", "sigma"))
+        mu, sigma, balls = (np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("mu", "sigma", "radii"))
     except (OSError, ValueError, KeyError, EOFError, TypeError):
         return None
-    return (features, mu, sigma) if (features.shape, sigma.shape) == ((n, dim), (dim, dim)) else None
+    return (features, mu, sigma, balls) if (features.shape, sigma.shape) == ((n, dim), (dim, dim)) else None
 
 
-def moments(features: Array) -> tuple[Array, Array]:
+def moments(features: Matrix) -> tuple[Array, Array]:
     """Mean (D,) and covariance (D, D), divided by N - 1, of features (N, D) in float64, by chunks."""
     n, dim = features.shape
     mu = sum((np.asarray(features[k : k + _CHUNK], np.float64).sum(0) for k in range(0, n, _CHUNK)), np.zeros(dim)) / n

@@ -24,7 +24,7 @@ from diffusion.evaluation.scoring import Scorers
 from diffusion.evaluation.subject import Subject, load_data, load_subject
 from diffusion.fabric import make_fabric, on_rank_zero
 from diffusion.files import sha256
-from diffusion.images import from_uint8, read_pngs
+from diffusion.images import PngFiles, from_uint8
 from diffusion.modules.generator import Generator
 from diffusion.samplers import Sampler
 
@@ -215,12 +215,12 @@ def _score(scorers: Scorers, subject: Subject, plan: Plan, made: Made, folder: P
     run = _facts(subject, plan, made, scorers)
     if before is not None and run["seconds"] is None:
         run["seconds"] = before[0].get("seconds")
-    images = read_pngs([folder / name for name in frame["file"]])
+    images = PngFiles([folder / name for name in frame["file"]])
     prompts = None if plan.prompts is None else list(frame["prompt"])
     labels = [label if isinstance(label, str) else None for label in frame["label"]]
-    scores = scorers.score(images, prompts, labels, protocol(plan))
+    scores = scorers.score(images, prompts, labels, protocol(plan), folder)
     if plan.embedding is not None:
-        scores.add(brain.scores(embeddings.load(folder)), {}, protocol(plan))
+        scores.add(brain.scores(embeddings.open_rows(folder)), {}, protocol(plan))
     records.with_columns(folder, scores.columns)
     (folder / "report.html").unlink(missing_ok=True)
     shutil.rmtree(folder / DATASET, ignore_errors=True)

@@ -1,8 +1,10 @@
 """Scores of the images of a folder: per image as columns of the records, for the set as results."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,9 +17,10 @@ from diffusion.evaluation.distribution import check_number, distribution_metrics
 from diffusion.evaluation.inception import Extractor, Features, load_extractor
 from diffusion.evaluation.metric import Result
 from diffusion.evaluation.nearest import entropy, nearest, realism
-from diffusion.evaluation.reference import Reference, reference
+from diffusion.evaluation.reference import NEIGHBOURS, Reference, reference
+from diffusion.evaluation.rows import Derived, Matrix, parts
 from diffusion.evaluation.subject import Subject
-from diffusion.images import from_uint8
+from diffusion.images import Images, from_uint8
 
 if TYPE_CHECKING:
     from diffusion.evaluation.classifier_score import ClassifierScore
@@ -27,7 +30,6 @@ Array = np.ndarray
 Direction = Literal["higher", "lower"] | None
 
 BATCH = 64
-NEIGHBOURS = 3  # of realism, as in its paper
 
 
 @dataclass
@@ -213,25 +215,27 @@ class Scorers:
 
     def score(
         self,
-        images: Tensor,
+        images: Images,
         prompts: Sequence[str] | None,
         labels: Sequence[str | None],
         run_protocol: Mapping[str, Any],
+        folder: Path,
     ) -> Scores:
-        """Scores images.
+        """Scores images, a part of them in memory at a time.
 
         Args:
             images: uint8 (N, C, H, W).
             prompts: one per image; None without a condition.
             labels: the class that each image was drawn as, where there is one.
             run_protocol: how the images were made, stored beside the protocol of every metric.
+            folder: of the run; features lie there while they are needed.
         """
         scores = Scores()
         if self._clip is not None and prompts is not None:
             self._score_clip(scores, images, prompts, run_protocol)
         features = None
         if self._extractor is not None and self._reference is not None:
-            features = self._extractor.features(images, label="Inception features")
+            features = self._extractor.filed_features(images, folder, "Inception features")
             scores.results |= distribution_metrics(
                 features,
                 self._reference,
@@ -243,7 +247,7 @@ class Scorers:
             protocol = {**self.identity["inception"], **run_protocol}
             if len(self._reference) > NEIGHBOURS:
                 scores.add(
-                    {"realism": realism(features.pool, self._reference.features, NEIGHBOURS)},
+                    {"realism": realism(features.pool, self._reference.features, self._reference.radii)},
                     {"realism": "higher"},
                     {**protocol, "neighbours": NEIGHBOURS},
                 )
@@ -262,16 +266,12 @@ class Scorers:
         return scores
 
     def _score_clip(
-        self, scores: Scores, images: Tensor, prompts: Sequence[str], run_protocol: Mapping[str, Any]
+        self, scores: Scores, images: Images, prompts: Sequence[str], run_protocol: Mapping[str, Any]
     ) -> None:
-        from rich.progress import track
-
         assert self._clip is not None
         scorer, clip, n = self._clip, self._clip.load(), len(images)
-        starts = track(range(0, n, BATCH), "CLIP score", transient=True, disable=n <= 2 * BATCH)
-        cosines = torch.cat(
-            [scorer.score(from_uint8(images[k : k + BATCH]), prompts[k : k + BATCH]) for k in starts]
-        ).double()
+        batches = parts(n, BATCH, "CLIP score")
+        cosines = torch.cat([scorer.score(from_uint8(images[part]), prompts[part]) for part in batches]).double()
         conditioner = self._subject.model.conditioner
         own = (getattr(conditioner, "model", None), getattr(conditioner, "pretrained", None))
         flattered = own == (scorer.model, scorer.pretrained)
@@ -291,10 +291,12 @@ class Scorers:
         scores.results[f"clip_score_std_{n}/{scorer.name}"] = Result(deviation, None, None, note, protocol)
 
     def _score_nearest(
-        self, scores: Scores, images: Tensor, features: Features | None, run_protocol: Mapping[str, Any]
+        self, scores: Scores, images: Images, features: Features | None, run_protocol: Mapping[str, Any]
     ) -> None:
         assert self.training is not None
         training, space = self.training, self._nearest["space"]
+        ours: Matrix
+        theirs: Matrix
         if space == "pixels":
             ours, theirs = _as_vectors(images), _as_vectors(training.pixels)
         else:
@@ -325,6 +327,6 @@ class Scorers:
         return reference(training.pixels, training.names, training.digest, training.split, self._extractor).features
 
 
-def _as_vectors(images: Tensor) -> Array:
-    vectors: Array = images.flatten(1).float().div(255).numpy()
-    return vectors
+def _as_vectors(images: Images) -> Matrix:
+    """(N, C H W) in [0, 1]."""
+    return Derived(images, lambda part: part.flatten(1).float().div(255).numpy(), math.prod(images.shape[1:]))

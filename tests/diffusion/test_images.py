@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from diffusion import images
-from diffusion.images import from_uint8, grid, save_gif, save_png, to_pil, to_uint8
+from diffusion.images import PngFiles, from_uint8, grid, read_pngs, save_gif, save_png, to_pil, to_uint8
 
 LEVELS = torch.arange(256, dtype=torch.uint8)
 
@@ -93,3 +93,22 @@ def test_a_failing_writer_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError):
         save_png(torch.zeros(3, 4, 4), tmp_path / "image.png")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_files_are_to_their_reader_what_a_tensor_is(tmp_path, channels, monkeypatch):
+    pixels = torch.randint(0, 256, (5, channels, 6, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    paths = [tmp_path / f"{k}.png" for k in range(5)]
+    for path, image in zip(paths, pixels, strict=True):
+        save_png(from_uint8(image), path)
+    read = []
+    monkeypatch.setattr(images, "read_pngs", lambda some: read.extend(some) or read_pngs(some))
+    files = PngFiles(paths)
+    assert (files.shape, len(files)) == (pixels.shape, 5)
+    del read[:]
+    assert torch.equal(files[1:3], pixels[1:3])
+    assert torch.equal(files[4], pixels[4])
+    assert torch.equal(files[-1], pixels[4])
+    chosen = files[np.array([3, 0, 3])]
+    assert len(read) == 2 + 1 + 1 + 1  # of a choice only the first file, for its size
+    assert torch.equal(chosen[:], pixels[[3, 0, 3]])

@@ -101,12 +101,41 @@ def test_closeness_has_a_value_for_every_number_of_images(n):
         assert list((-scores).argsort()) == list(order)
 
 
+def test_the_centres_of_many_are_those_of_a_choice(monkeypatch):
+    from sklearn.cluster import KMeans
+
+    embeddings = random(90)
+    monkeypatch.setattr(brain, "FITTED", 60 * 6)
+    monkeypatch.setattr(brain, "FITTED_ROWS", 10)
+    chosen = np.sort(np.random.default_rng(1234).permutation(90)[:60])
+    clusters = KMeans(20, random_state=1234).fit(embeddings[chosen])
+    distances = clusters.transform(embeddings).min(1)
+    labels = clusters.predict(embeddings)
+    with np.errstate(invalid="ignore"):  # a cluster of one
+        expected = distances / np.array([distances[labels == label].max() for label in labels])
+    np.testing.assert_allclose(brain.representativeness(embeddings), expected, rtol=1e-5)
+    monkeypatch.setattr(brain, "FITTED_ROWS", 90)  # so many rows are always seen, however long they are
+    whole = KMeans(20, random_state=1234).fit(embeddings)
+    distances = whole.transform(embeddings).min(1)
+    of_each = np.array([distances[whole.labels_ == label].max() for label in whole.labels_])
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_allclose(brain.representativeness(embeddings), distances / of_each, rtol=1e-5)
+
+
+def test_parts_change_nothing(monkeypatch):
+    embeddings = random(70)
+    expected = brain.scores(embeddings)
+    monkeypatch.setattr(brain, "_PART", 9)
+    for name, column in brain.scores(embeddings).items():
+        np.testing.assert_allclose(column, expected[name], atol=1e-6)
+
+
 def test_copies_are_at_their_centre():
     assert (brain.representativeness_closeness(np.full((25, 3), 0.1, dtype=np.float32)) == 1).all()
 
 
 def test_scores_by_name():
-    scores = brain.scores(random(24).reshape(24, 2, 3))
+    scores = brain.scores(random(24))
     assert list(scores) == ["uniqueness", "representativeness", "representativeness_closeness"]
     np.testing.assert_array_equal(scores["uniqueness"], brain.uniqueness(random(24)))
     assert list(brain.scores(random(12))) == ["uniqueness", "representativeness_closeness"]

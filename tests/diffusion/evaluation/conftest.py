@@ -7,7 +7,7 @@ from PIL import Image
 
 from datamodules.drawn import draw
 from diffusion.assets import AssetError, resolve
-from diffusion.evaluation.inception import load_extractor
+from diffusion.evaluation.inception import load_extractor, load_network
 from diffusion.images import to_uint8
 
 
@@ -23,7 +23,7 @@ def inception_script():
 @pytest.fixture(scope="session")
 def full_weights(inception_script, tmp_path_factory):
     """A file in torch-fidelity's format: the genuine weights with a random last layer, so that there are logits."""
-    state = dict(load_extractor(inception_script)._network.state_dict())
+    state = dict(load_network(inception_script)[0].state_dict())
     draws = torch.Generator().manual_seed(0)
     state["fc.weight"] = torch.randn(1008, 2048, generator=draws) * 0.1
     state["fc.bias"] = torch.randn(1008, generator=draws) * 3  # Must not be seen: the score leaves it out.

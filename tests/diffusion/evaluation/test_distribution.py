@@ -26,7 +26,7 @@ from diffusion.evaluation.distribution import (
 )
 from diffusion.evaluation.inception import Features, load_extractor
 from diffusion.evaluation.reference import moments, reference
-from diffusion.images import from_uint8, to_uint8
+from diffusion.images import PngFiles, from_uint8, save_png, to_uint8
 
 DATA = os.environ.get("ANTHER_TEST_DATA")
 
@@ -269,10 +269,12 @@ def test_subsets_have_1000_images_at_most():
     assert [subset_size(*sizes) for sizes in ((5000, 3000), (200, 3000), (5000, 30))] == [1000, 200, 30]
 
 
+@pytest.mark.parametrize("logits_rows", [1024, 3], ids=["one part", "many parts"])
 @pytest.mark.parametrize("n", [40, 47])
-def test_inception_score_is_torch_fidelitys(n):
+def test_inception_score_is_torch_fidelitys(n, logits_rows, monkeypatch):
     from torch_fidelity.metric_isc import isc_features_to_metric
 
+    monkeypatch.setattr(module, "_LOGITS", logits_rows)
     logits = points(6, n, d=20) * 3
     expected = isc_features_to_metric(torch.from_numpy(logits))
     mean, deviation = inception_score(logits)
@@ -330,6 +332,29 @@ def test_diversity_stands_under_its_number_with_its_protocol():
     assert pairs == {"diversity_5": 10, "diversity_pairs_5": 10}
     assert all(result.protocol["N"] == 5 and result.protocol["steps"] == 7 for result in found.values())
     assert list(diversity_metrics(images[:1], {})) == ["diversity_1"]  # one image makes no pair
+
+
+def test_many_images_are_paired_by_a_choice_that_the_key_names(monkeypatch):
+    images = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (40, 3, 4, 4), np.uint8))
+    monkeypatch.setattr(module, "PAIRED", 15)
+    found = diversity_metrics(images, {})
+    assert list(found) == ["diversity_40", "diversity_pairs_15"]
+    chosen = np.random.RandomState(2020).permutation(40)[:15]
+    result = found["diversity_pairs_15"]
+    assert result.value == pytest.approx(pdist(images[chosen].flatten(1).double().numpy() / 255).mean(), rel=1e-12)
+    assert "15 of the 40 images" in result.note
+    assert (result.protocol["N"], result.protocol["pairs"], result.protocol["chosen_from"]) == (15, 105, 40)
+    assert "chosen_from" not in found["diversity_40"].protocol
+
+
+def test_images_in_files_are_as_diverse_as_in_memory(tmp_path):
+    images = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (9, 3, 5, 4), np.uint8))
+    paths = [tmp_path / f"{k}.png" for k in range(9)]
+    for path, image in zip(paths, images, strict=True):
+        save_png(from_uint8(image), path)
+    assert {k: r.value for k, r in diversity_metrics(PngFiles(paths), {}).items()} == {
+        k: r.value for k, r in diversity_metrics(images, {}).items()
+    }
 
 
 def test_random_diversity_is_the_seeds():

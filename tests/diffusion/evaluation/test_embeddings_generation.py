@@ -11,7 +11,7 @@ from torch import nn
 from diffusion.conditioning.labels import Labels
 from diffusion.denoiser import Denoiser
 from diffusion.errors import AntherError
-from diffusion.evaluation.embeddings import Embedding, capture, load, reduced, sample_embedded
+from diffusion.evaluation.embeddings import Embedding, capture, open_rows, reduced, sample_embedded
 from diffusion.modules.diffusion import ClassifierFreeDiffusion, Diffusion
 from diffusion.networks.unet import UNet
 from diffusion.samplers import DDIM, DDPM
@@ -186,12 +186,12 @@ def test_what_the_model_does_not_have_is_refused(model, embedding, says):
 
 def test_load(tmp_path):
     with pytest.raises(AntherError, match=r"no embeddings at .*embeddings\.npy"):
-        load(tmp_path)
+        open_rows(tmp_path)
     rows = np.random.default_rng(0).normal(size=(5, 3, 2)).astype(np.float32)
     np.save(tmp_path / "embeddings.npy", rows)
-    assert np.array_equal(load(tmp_path), rows)
+    assert np.array_equal(open_rows(tmp_path)[:], rows.reshape(5, 6))
     whole = (tmp_path / "embeddings.npy").read_bytes()
     for content in (b"", b"nonsense", whole[:-8]):
         (tmp_path / "embeddings.npy").write_bytes(content)
         with pytest.raises(AntherError, match=r"embeddings\.npy is damaged"):
-            load(tmp_path)
+            open_rows(tmp_path)

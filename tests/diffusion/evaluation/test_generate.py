@@ -18,7 +18,7 @@ from PIL import Image
 
 from diffusion.curation import records
 from diffusion.errors import AntherError
-from diffusion.evaluation.embeddings import Embedding, load, sample_embedded
+from diffusion.evaluation.embeddings import Embedding, open_rows, sample_embedded
 from diffusion.evaluation.generate import Plan, assemble, check, claim, generate
 from diffusion.guidance import Guidance
 from diffusion.images import to_uint8
@@ -110,7 +110,7 @@ def test_image_k_is_of_its_seed_and_prompt_in_any_batch_split(model, whole, batc
     plan = replace(PLAN, batch_size=batch_size)
     generate(model, plan, tmp_path)
     assemble(plan, tmp_path)
-    rows = load(tmp_path)
+    rows = np.load(tmp_path / "embeddings.npy")
     assert rows.dtype == np.float32
     assert rows.shape == (10, 32)
     for k in range(10):
@@ -135,7 +135,7 @@ def test_the_records_say_how_each_image_was_made(whole):
     alike = frame[["guidance_weight", "sampler", "steps", "checkpoint"]].drop_duplicates()
     assert alike.values.tolist() == [[2.0, "DDPM", 10, "ab" * 32]]  # DDPM() takes all T = 10 steps
     assert sorted(files(whole)) == sorted([*frame["file"], "embeddings.npy", "records.parquet"])
-    assert np.load(whole / "embeddings.npy").tobytes() == load(whole).tobytes()
+    assert np.load(whole / "embeddings.npy").tobytes() == open_rows(whole)[:].tobytes()
 
 
 @pytest.mark.parametrize("form", ["raw", "flat"])
@@ -143,7 +143,7 @@ def test_a_trace_is_kept_in_one_array_of_the_right_shape(model, form, tmp_path):
     plan = replace(PLAN, embedding=Embedding(form=form, when="trace", steps=(9, 0, 4)))
     generate(model, plan, tmp_path)
     assemble(plan, tmp_path)
-    rows = load(tmp_path)
+    rows = np.load(tmp_path / "embeddings.npy")
     assert rows.shape == ((10, 3, 32, 2, 2) if form == "raw" else (10, 3, 128))
     alone = sample_embedded(model, plan.embedding, ["two roses"], [107], 2.0, DDPM())[1]
     np.testing.assert_allclose(rows[7], alone[0], rtol=1e-3, atol=1e-4)

@@ -9,7 +9,7 @@ import torch
 from diffusion.assets import ASSETS, AssetError, cache_dir
 from diffusion.errors import AntherError
 from diffusion.evaluation import inception
-from diffusion.evaluation.inception import load_extractor
+from diffusion.evaluation.inception import load_extractor, load_network, resized
 from diffusion.files import sha256
 
 
@@ -48,7 +48,8 @@ def test_rekeyed_weights_are_those_of_the_script(pixels, inception_script):
 
 
 def test_nothing_can_be_computed_from_the_missing_layer(inception_script):
-    network = load_extractor(inception_script)._network
+    network, has_logits = load_network(inception_script)
+    assert not has_logits
     assert network.fc.weight.isnan().all()
     assert network.fc.bias.isnan().all()
 
@@ -57,9 +58,21 @@ def test_the_network_is_frozen_and_draws_nothing(inception_script):
     state = torch.get_rng_state()
     extractor = inception.Extractor(inception_script)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not extractor._network.training
-    assert not any(parameter.requires_grad for parameter in extractor._network.parameters())
-    assert {parameter.dtype for parameter in extractor._network.parameters()} == {torch.float32}
+    assert not any(module.training for module in extractor._trunk.modules())
+    assert not any(parameter.requires_grad for parameter in extractor._trunk.parameters())
+    assert {parameter.dtype for parameter in extractor._trunk.parameters()} == {torch.float32}
+
+
+def test_the_resize_is_torch_fidelitys_bit_for_bit():
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    draws = torch.Generator().manual_seed(0)
+    for size in [(28, 28), (32, 32), (64, 48), (299, 299), (417, 640), (1, 2)]:
+        images = torch.randint(256, (2, 3, *size), dtype=torch.uint8, generator=draws)
+        expected = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(299, 299), align_corners=False)
+        found = resized(images)
+        assert torch.equal(found, expected), size
+        assert found.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_autocast_does_not_reach_the_features(pixels, extractor):

@@ -67,7 +67,7 @@ def test_realism_is_equation_3():
     ball = np.sort(cdist(r, r), axis=1)[:, 3]
     kept = ball <= np.median(ball)
     expected = (ball[kept] / cdist(x, r[kept])).max(1)
-    np.testing.assert_allclose(realism(images, reals), expected, rtol=1e-9)
+    np.testing.assert_allclose(realism(images, reals, radii(reals)), expected, rtol=1e-9)
     # Reals with large radii would make everything near them look real.
     assert (expected < (ball / cdist(x, r)).max(1) - 1e-6).any()
 
@@ -75,7 +75,7 @@ def test_realism_is_equation_3():
 def test_realism_counts_radii_up_to_the_median_and_copies_are_finite():
     reals = np.array([[0, 0], [1, 0], [0, 1], [-1, 0], [0, -1]], np.float32)
     # The middle has radius 1, the four others sqrt(2), which is the median.
-    value = realism(np.array([[0, 2], [0, 0]], np.float32), reals, k=3)
+    value = realism(np.array([[0, 2], [0, 0]], np.float32), reals, radii(reals, 3))
     assert value[0] == pytest.approx(2**0.5)
     assert value[1] == pytest.approx(1e5)
 
@@ -98,12 +98,12 @@ MEMORY = """
 import resource
 import numpy as np
 from diffusion.evaluation.distribution import precision_recall
-from diffusion.evaluation.nearest import nearest, realism
+from diffusion.evaluation.nearest import nearest, radii, realism
 for n in (3000, 5000):
     rows = np.random.default_rng(0).normal(size=(n, 16)).astype(np.float32)
     precision_recall(rows, rows)
     nearest(rows, rows)
-    realism(rows, rows)
+    realism(rows, rows, radii(rows))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 

@@ -177,6 +177,19 @@ def test_few_embeddings_are_shown_by_their_principal_components(tmp_path):
     np.testing.assert_array_equal(axes.collections[0].get_array(), frame["clip_score"])
 
 
+def test_of_many_embeddings_a_choice_is_shown_with_its_own_words(tmp_path, monkeypatch):
+    frame = make_run(tmp_path, 30)
+    monkeypatch.setattr(plots, "EMBEDDED", 12)
+    chosen = np.sort(np.random.default_rng(0).permutation(30)[:12])
+    drawn = plots._embeddings(tmp_path, frame, plots._units(tmp_path))
+    axes = drawn["embedding_score"].axes[0]
+    assert "12 of 30 images" in axes.get_title()
+    np.testing.assert_array_equal(axes.collections[0].get_array(), frame["clip_score"].iloc[chosen])
+    embeddings = np.load(tmp_path / "embeddings.npy").astype(float)[chosen]
+    u, s, _ = np.linalg.svd(embeddings - embeddings.mean(0), full_matrices=False)
+    np.testing.assert_allclose(np.abs(places_of(axes)), np.abs(u[:, :2] * s[:2]), rtol=1e-4, atol=1e-5)
+
+
 def test_without_embeddings_or_with_too_few_there_is_no_picture_of_them(tmp_path):
     units = {"clip_score": ""}
     frame = make_run(tmp_path, 2)

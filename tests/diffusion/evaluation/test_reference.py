@@ -64,6 +64,9 @@ def test_a_reference_is_computed_once(pixels, extractor, computations):
     np.testing.assert_array_equal(again.features, first.features)
     np.testing.assert_array_equal(again.mu, first.mu)
     np.testing.assert_array_equal(again.sigma, first.sigma)
+    np.testing.assert_array_equal(again.radii, first.radii)
+    distances = np.linalg.norm(expected[:, None].astype(float) - expected, axis=2)
+    np.testing.assert_allclose(first.radii, np.sort(distances, 1)[:, 3], rtol=1e-6)
 
 
 def test_other_content_or_protocol_is_another_reference(pixels, extractor, inception_script, computations):
@@ -100,7 +103,12 @@ def test_a_broken_reference_is_computed_again_with_a_notice(damage, pixels, extr
     assert "computed again" in caplog.text
     assert computations == [2, 2]
     np.testing.assert_array_equal(again.features, expected)
-    assert sorted(json.loads((folder / "files.json").read_text())) == ["features.npy", "mu.npy", "sigma.npy"]
+    assert sorted(json.loads((folder / "files.json").read_text())) == [
+        "features.npy",
+        "mu.npy",
+        "radii.npy",
+        "sigma.npy",
+    ]
 
 
 @pytest.mark.usefixtures("_chunks")

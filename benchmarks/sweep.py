@@ -1,0 +1,108 @@
+"""The second point of a sweep of guidance weights against the first: what evaluate.py need not do again.
+
+A small model of the demo is trained for two steps and evaluated by `evaluate.py -m guidance.weight=0,2,4`, from an
+empty cache of reference statistics to the report of each point. The first point pays for imports, model, CLIP,
+Inception and the statistics of the real images; the others draw, score and report. Seconds are CPU seconds of this
+process and its children, with one thread, since machines are shared.
+
+    python -m benchmarks.sweep [--images 64] [--reals 256] [--dataset]
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+
+from diffusion.assets import cache_dir
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Clock(Callback):
+    """Notes the CPU seconds of each job of a sweep."""
+
+    def __init__(self) -> None:
+        self._before = 0.0
+
+    def on_job_start(self, config: Any, **kwargs: Any) -> None:
+        self._before = cpu_seconds()
+
+    def on_job_end(self, config: Any, job_return: Any, **kwargs: Any) -> None:
+        job_return.return_value  # noqa: B018 - raises what the job raised
+        SECONDS.append(cpu_seconds() - self._before)
+
+
+SECONDS: list[float] = []
+
+
+def cpu_seconds() -> float:
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def train(folder: Path, reals: int) -> Path:
+    """The checkpoint of a small model after two steps."""
+    tiny = [f"data.n_train={reals}", "data.n_val=16", "data.batch_size=8", "callbacks=fit", "trainer.max_steps=2"]
+    words = [sys.executable, "train.py", "experiment=demo", *tiny, f"hydra.run.dir={folder}"]
+    subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep")
+    parser.add_argument("--images", type=int, default=64, help="at each point")
+    parser.add_argument("--reals", type=int, default=256, help="whose statistics the first point computes")
+    parser.add_argument("--dataset", action="store_true", help="also build and export the FiftyOne data sets")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        # Weights are found where they were; statistics are not.
+        assets = cache_dir() / "assets"
+        (folder / "cache").mkdir()
+        (folder / "cache" / "assets").symlink_to(assets, target_is_directory=True)
+        os.environ["ANTHER_CACHE"] = str(folder / "cache")
+        checkpoint = train(folder / "trained", options.reals)
+        sweep(checkpoint, folder / "sweep", options)
+    first, *others = SECONDS
+    rest = sum(others) / len(others)
+    what = "with" if options.dataset else "without"
+    print(f"{options.images} images a point, {options.reals} real ones, {what} the FiftyOne data set, one thread")
+    print(f"{'first point':48}{first:8.2f} CPU seconds")
+    print(f"{'the points after it, mean':48}{rest:8.2f} CPU seconds")
+    print(f"{'ratio':48}{rest / first:8.3f}")
+
+
+def sweep(checkpoint: Path, folder: Path, options: argparse.Namespace) -> None:
+    import evaluate
+
+    sys.argv = [
+        str(ROOT / "evaluate.py"),
+        "-m",
+        f"ckpt={checkpoint}",
+        "prompts=demo",
+        f"num_images={options.images}",
+        "sampler=ddim",
+        "sampler.steps=10",
+        "clip.model=anther-flowers-32",
+        "clip.pretrained=embedded",
+        "inception.split=train",
+        "guidance.weight=0,2,4",
+        f"hydra.sweep.dir={folder}",
+        "+hydra.callbacks.clock._target_=benchmarks.sweep.Clock",
+        *([] if options.dataset else ["dataset=null"]),
+    ]
+    evaluate.main()
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    # One clock: the callback is found under the module's name, not under __main__.
+    from benchmarks import sweep as module
+
+    module.main()
