@@ -110,7 +110,8 @@ def parameters(call: Callable[..., Any]) -> Parameters:
             if parameter.kind in _NAMELESS or parameter.name in found:
                 continue
             found[parameter.name] = _hint(parameter, names)
-            if parameter.default is parameter.empty:
+            # What a base class needs, the class may give it itself.
+            if parameter.default is parameter.empty and owner is owners[0]:
                 needed.append(parameter.name)
         open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in mine)
         if not open_ended:

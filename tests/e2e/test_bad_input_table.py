@@ -360,7 +360,7 @@ def test_one_sentence(
         assert fragment.format(**places) in lines[0], lines[0]
     # Hydra's own notes are all that lies there.
     left = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    assert left <= {".hydra", "train.log", "sample.log", "evaluate.log"}, left
+    assert left <= {".hydra", "train.log", "sample.log", "evaluate.log", "splits.json"}, left
     assert set(places["bad"].parent.glob("bad*/**")) == before
 
 
