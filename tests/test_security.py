@@ -62,9 +62,9 @@ LOADERS: dict[str, Callable[[Path], object]] = {
     "checkpoint.load_model": load_model,
     "upstream": lambda path: load_upstream(path, 10, 32),
     "classifier": lambda path: load_classifier(path),
-    "inception": lambda path: inception._loaded_network(path),
+    "inception": lambda path: inception.load_network(path),
     "table": lambda path: read_embeddings(path, "path"),
-    "embeddings": lambda path: embeddings.load(path.parent),
+    "embeddings": lambda path: embeddings.open_rows(path.parent),
     "records": lambda path: records.read(path.parent),
     "metrics": lambda path: read_metrics(path.parent),
     "config": lambda path: described(str(path)),
@@ -187,7 +187,7 @@ def header(shape: tuple[int, ...]) -> bytes:
 def test_an_array_that_declares_more_than_it_holds(shape: tuple[int, ...], tmp_path: Path) -> None:
     (tmp_path / "embeddings.npy").write_bytes(header(shape) + bytes(64))
     with pytest.raises(AntherError, match=r"embeddings\.npy is damaged"):
-        embeddings.load(tmp_path)
+        embeddings.open_rows(tmp_path)
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("path.npy", header(shape) + bytes(64))
         archive.writestr("embedding.npy", header(shape) + bytes(64))

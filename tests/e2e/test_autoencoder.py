@@ -14,7 +14,7 @@ from PIL import Image
 import train
 from diffusion import checkpoint, cli
 from diffusion.checkpoint import load_model
-from diffusion.evaluation.embeddings import load
+from diffusion.evaluation.embeddings import open_rows
 from diffusion.images import to_uint8
 from tests.e2e.test_train import DRAWN, ROOT
 
@@ -63,7 +63,7 @@ def test_evaluate_scores_it_like_any_model(vae: Path, call: Call, when: str, lay
     assert (folder / "report.html").exists()
     frame = pd.read_parquet(folder / "records.parquet")
     assert list(frame["seed"]) == list(range(6))
-    rows, model = load(folder), load_model(vae)
+    rows, model = open_rows(folder), load_model(vae)
     assert rows.shape == (6, width)
     images = model.sample(None, range(6))
     with torch.no_grad():
