@@ -66,7 +66,7 @@ def main() -> None:
         rng = ImageRNG(range(N))
         x = rng.randn((3, size, size))
         abar = torch.cat([torch.ones(1), torch.cumprod(1 - torch.linspace(1e-4, 0.02, T), 0)])
-        walk = DDPM(steps).times(T) * T
+        walk = DDPM(steps).times(schedule) * T
         for k, s in zip(walk[:-1].long().tolist(), walk[1:].long().tolist(), strict=True):
             a = abar[k] / abar[s]
             x = (x - (1 - a) / (1 - abar[k]).sqrt() * eps(x, torch.tensor(k / T))) / a.sqrt()

@@ -31,7 +31,7 @@ class PlainUNet(UNet):
             x, skips = self.up0(self.mid_block(down2)), (down1, down0)
         x = self._up(self.up1, self.c_embed1(cond) * x + self.t_emb1(time), skips[0])
         x = self._up(self.up2, self.c_embed2(cond) * x + self.t_emb2(time), skips[1])
-        out: Tensor = self.out(torch.cat([x, down0], 1))
+        out: Tensor = torch.nn.Sequential(*self.out)(torch.cat([x, down0], 1))
         return out
 
     def _up(self, block: torch.nn.Module, x: Tensor, skip: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def evaluated(run: Path) -> Mapping[str, Result]:
         return read_metrics(run)[1]
     except AntherError as error:
         there = (run / "metrics.json").exists()
-        raise AntherError("metrics.json is damaged" if there else "failed or not finished") from error
+        raise AntherError("metrics.json is damaged" if there else "not finished") from error
 
 
 def read_sweep(

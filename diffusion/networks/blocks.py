@@ -142,6 +142,29 @@ class NearestUp(nn.Module):
         return out
 
 
+class Head(nn.Sequential):
+    """Joins the skip, then convolution, norm, ReLU and the convolution to the image's channels.
+
+    Args:
+        c: channels of the input and of the skip.
+        img_ch: image channels.
+        groups: groups of the norm.
+    """
+
+    def __init__(self, c: int, img_ch: int, groups: int) -> None:
+        first, last = nn.Conv2d(2 * c, c, 3, padding=1), nn.Conv2d(c, img_ch, 3, padding=1)
+        super().__init__(first, nn.GroupNorm(groups, c), nn.ReLU(), last)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # type: ignore[override]
+        """As `conv_with_skip`: x (k B, c, H, W), skip (B, c, H, W) -> (k B, img_ch, H, W)."""
+        first, *others = self
+        assert isinstance(first, nn.Conv2d)
+        out = conv_with_skip(first, x, skip)
+        for layer in others:
+            out = layer(out)
+        return out
+
+
 class ResidualConv(nn.Module):
     """y = A(x); y + B(y), where A and B are `GELUConv`s."""
 

@@ -11,11 +11,11 @@ from diffusion.networks.blocks import (
     Down,
     Embed,
     GELUConv,
+    Head,
     NearestUp,
     ResidualConv,
     SelfAttention,
     TransposedUp,
-    conv_with_skip,
     repeated,
     sinusoidal,
 )
@@ -108,9 +108,7 @@ class UNet(DenoisingNetwork):
             self.up2 = NearestUp(u1, d0, u2, BIG)
         self.t_emb1, self.t_emb2 = Embed(t_embed_dim, u0), Embed(t_embed_dim, u1)
         self.c_embed1, self.c_embed2 = Embed(c_embed_dim, u0), Embed(c_embed_dim, u1)
-        self.out = nn.Sequential(
-            nn.Conv2d(2 * u2, u2, 3, padding=1), nn.GroupNorm(SMALL, u2), nn.ReLU(), nn.Conv2d(u2, img_ch, 3, padding=1)
-        )
+        self.out = Head(u2, img_ch, SMALL)
 
     def encode(self, x_t: Tensor) -> tuple[Tensor, ...]:
         """What does not depend on time and condition.
@@ -150,9 +148,7 @@ class UNet(DenoisingNetwork):
         time = sinusoidal((t - 1 / self.T).to(down0.dtype), self.t_embed_dim)
         up1 = self.up1(self.c_embed1(cond) * repeated(up0, len(cond)) + self.t_emb1(time), skip1)
         up2 = self.up2(self.c_embed2(cond) * up1 + self.t_emb2(time), skip2)
-        first = self.out[0]
-        assert isinstance(first, nn.Conv2d)
-        output: Tensor = self.out[1:](conv_with_skip(first, up2, down0))
+        output: Tensor = self.out(up2, down0)
         return output
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:

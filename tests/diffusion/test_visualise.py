@@ -147,12 +147,12 @@ def test_the_numbers_of_schedules():
 
 def test_every_schedule_of_the_config_can_be_drawn():
     names = sorted(path.stem for path in (CONF / "schedule").glob("*.yaml"))
-    made = {(name, 10): make_schedule(name, 10) for name in names}
+    made = {(name, 100): make_schedule(name, 100) for name in names}
     assert all(schedule.T == T for (_, T), schedule in made.items())
     figure = draw_schedules(made)
     assert [len(axes.lines) for axes in figure.axes] == [len(names)] * 2 + [len(names) + 1, len(names)]
     line = figure.axes[1].lines[0]
-    assert np.allclose(line.get_ydata(), made[names[0], 10](torch.linspace(0, 1, 11))[0] ** 2)
+    assert np.allclose(line.get_ydata(), made[names[0], 100](torch.linspace(0, 1, 101))[0] ** 2)
 
 
 def test_samples_over_training_stand_below_each_other(tmp_path):
