@@ -22,6 +22,7 @@ def digits(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_classifier_declines_what_it_should(call: Call, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = call(
         "train.py",
