@@ -20,6 +20,7 @@ from diffusion import checkpoint
 from tests.slurm import pretend_slurm
 
 ROOT = Path(__file__).resolve().parents[2]
+REPORT = {"sweep.csv", "sweep.png"}
 TINY = [
     "experiment=demo",
     "data.n_train=64",
@@ -100,7 +101,7 @@ def test_every_rank_of_a_trial_has_its_values(tmp_path: Path) -> None:
         ["-m", *TINY, *search, kept, "optimizer.lr=interval(1e-4,1e-2)", f"hydra.sweep.dir={tmp_path}/${{now:%f}}"]
     )
     sweep = one_sweep(tmp_path)
-    assert {path.name for path in sweep.iterdir()} == {"0", "1", "study.db", "optimization_results.yaml"}
+    assert {path.name for path in sweep.iterdir()} == {"0", "1", "study.db", "optimization_results.yaml", *REPORT}
     import optuna
 
     trials = optuna.load_study(study_name=None, storage=f"sqlite:///{sweep}/study.db").trials
@@ -132,7 +133,7 @@ def test_a_failed_job_does_not_end_a_sweep_of_torchrun(tmp_path: Path) -> None:
 def test_ranks_of_srun_are_one_sweep(tmp_path: Path) -> None:
     by_srun(["-m", *TINY, "optimizer.lr=1e-4,1e-2", f"hydra.sweep.dir={tmp_path}/${{now:%f}}"])
     sweep = one_sweep(tmp_path)
-    assert {path.name for path in sweep.iterdir()} == {"0", "1", "multirun.yaml"}
+    assert {path.name for path in sweep.iterdir()} == {"0", "1", "multirun.yaml", *REPORT}
     assert rates(sweep, "01") == [1e-4, 1e-2]
     assert len(losses(sweep / "0")) == len(losses(sweep / "1")) == 1
     assert losses(sweep / "0") != losses(sweep / "1")

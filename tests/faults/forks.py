@@ -60,7 +60,7 @@ class Forks:
             *words: its arguments.
             **how: `inside=True`: in the server itself, which has everything imported after that. `after`: seconds, or
                 `at_step`: optimizer steps, after which the command gets the signal `number` (SIGKILL). `room`: bytes
-                that a file may have. `environment`: more variables. `clock`:
+                that a file may have. `environment`: more variables, or None for fewer. `clock`:
                 seconds by which the clock is wrong.
         """
         start = self.log.stat().st_size if self.log.exists() else 0
@@ -121,7 +121,7 @@ def fork(
     at_step: int | None = None,
     number: int = signal.SIGKILL,
     room: int | None = None,
-    environment: dict[str, str] | None = None,
+    environment: dict[str, str | None] | None = None,
     clock: float = 0.0,
 ) -> int:
     """See `Forks.run`."""
@@ -131,7 +131,10 @@ def fork(
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.environ |= environment or {}
+            for name, value in (environment or {}).items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
             now = time.time
             time.time = lambda: now() + clock
             if room is not None:

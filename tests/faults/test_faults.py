@@ -198,7 +198,7 @@ def test_two_runs_in_one_folder(forks: Forks, whole: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_wandb_that_is_not_there_is_told_and_training_goes_on(forks: Forks, whole: Path, tmp_path: Path) -> None:
-    nobody = {"WANDB_MODE": "", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    nobody = {"WANDB_MODE": None, "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     words = [*TRAIN, "logger=wandb", f"hydra.run.dir={tmp_path / 'run'}"]
     ended = forks.run("train.py", *words, environment=nobody)
     assert ended.status == 0, ended.printed
@@ -231,12 +231,13 @@ def test_a_locale_of_another_encoding_changes_nothing(forks: Forks, whole: Path,
         for k in range(4):
             pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{k}.png")
-    words = ["experiment=flowers_small", "conditioner=labels", f"data.classes=[{','.join(classes)}]", "data.nouns={}"]
+    named = "[" + ",".join(f"'{name}'" for name in classes) + "]"
+    words = ["experiment=flowers_small", "conditioner=labels", f"data.classes={named}", "data.nouns={}"]
     words += [f"data.path={tmp_path / 'photos'}", "data.split={train: 0.5, val: 0.5}", "data.batch_size=2"]
     words += ["network.down_chs=[32,32,32]", "network.c_embed_dim=2", "callbacks.samples=null"]
     words += ["trainer.max_steps=2", "trainer.max_epochs=-1", "trainer.check_val_every_n_epoch=1"]
     quick = ["sampler=ddim", "sampler.steps=2", "num_images=4", "batch_size=2", "clip=null", "nearest=null"]
-    quick += ["inception=null", "dataset=null", f"prompts=[{','.join(classes)}]"]
+    quick += ["inception=null", "dataset=null", f"prompts={named}"]
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
     env = {key: value for key, value in os.environ.items() if not key.startswith(("LC_", "LANG"))} | ascii_only
     left = {}
