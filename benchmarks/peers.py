@@ -1,5 +1,6 @@
 """What ours is measured against: the same networks and loops, written the plain way."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def make_network(name: str, kind: type[UNet] = UNet) -> UNet:
     return kind(**{**node, "T": T, "img_ch": 3, "img_size": 32})
 
 
-class Loop:
+class Loop(ABC):
     """A loop over tensors in memory; what a step does is the kind's own."""
 
     def __init__(self, network: UNet, images: Tensor, batch_size: int) -> None:
@@ -68,8 +69,8 @@ class Loop:
         for _ in range(steps):
             self.step(next(self.batches))
 
-    def step(self, x_0: Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def step(self, x_0: Tensor) -> None: ...
 
 
 class Notebook(Loop):
