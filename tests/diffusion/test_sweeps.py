@@ -49,6 +49,9 @@ def job(config, folder):
     with Path("begun").open("a") as file:
         file.write(f"{x}\\n")
     (folder / f"rank{ranks.rank()}").write_text(str(x))
+    # As in a training, no rank is through before the others have begun.
+    while Path("begun").read_text().splitlines().count(str(x)) % int(os.environ.get("SLURM_NTASKS", "1")):
+        time.sleep(0.05)
     while Path("hold").exists() and Path("hold").read_text() == str(x):
         time.sleep(0.05)
     if x == config["fails"]:
@@ -175,6 +178,7 @@ def test_a_search_goes_on_to_the_same_trials(app: Path, storage: list[str]) -> N
         assert {trial.state.name for trial in study.trials} == {"COMPLETE"}
 
 
+@pytest.mark.slow
 def test_a_failed_trial_does_not_end_a_search(app: Path) -> None:
     grid = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "module.x=choice(0,1,3)", "hydra.sweeper.n_jobs=1"]
     said = run(app, *grid, "fails=1", fails=True)
@@ -184,6 +188,7 @@ def test_a_failed_trial_does_not_end_a_search(app: Path) -> None:
     assert yaml.safe_load((app / "sweep" / "optimization_results.yaml").read_text())["best_value"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_search_in_which_all_fails_says_why(app: Path) -> None:
     said = run(app, "hydra/sweeper=optuna", "hydra.sweeper.n_trials=1", "module.x=choice(1,1)", "fails=1", fails=True)
     assert "error: 1 of 1 jobs failed" in said
