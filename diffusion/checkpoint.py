@@ -41,16 +41,31 @@ def _content(path: Path | str) -> Any:
         raise AntherError(
             f"there is no checkpoint at {path}: give ckpt= the path of a file such as checkpoints/last.ckpt."
         )
-    try:
-        archive = zipfile.is_zipfile(path)  # older files are none, can not be mapped, and are read whole
-        if archive:
-            _check_sums(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
-    except Exception as error:  # torch raises a dozen types here, all of them meaning the same to the user
+    while True:
+        version = _version(path)
+        try:
+            archive = zipfile.is_zipfile(path)  # older files are none, can not be mapped, and are read whole
+            if archive:
+                _check_sums(path)
+            content, fault = torch.load(path, map_location="cpu", weights_only=True, mmap=archive), None
+        except Exception as error:  # torch raises a dozen types here, all of them meaning the same to the user
+            content, fault = None, error
+        if version == _version(path):
+            break
+        # A training has put its next checkpoint there. torch opens a file that it maps more than once, and what it
+        # read is of both.
+    if fault is not None:
         raise AntherError(
             f"{path} is not a whole checkpoint (truncated, changed, of another kind, or with more than plain data in "
             f"it): {_instead(path)}."
-        ) from error
+        ) from fault
+    return content
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """What differs when another file has taken a name; inodes alone are used again."""
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
 
 
 def _check_sums(path: Path) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from callbacks.clip import GenerationClipScore
 from callbacks.ema import EMA
 from callbacks.embeddings import BottleneckEmbeddings
+from callbacks.fid import GenerationFid
 from callbacks.nan_guard import NanGuard
 from callbacks.record import RunRecord
 from callbacks.samples import SampleGrid
@@ -25,7 +27,7 @@ from diffusion.errors import AntherError
 from diffusion.loggers import CSVLog
 from diffusion.modules.classification import Classification
 from diffusion.networks.classifier import LeNet
-from tests.callbacks.tiny_training import Dots, module, trainer
+from tests.callbacks.tiny_training import Corners, Dots, module, trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,6 +72,7 @@ def train(folder: Path, world: int) -> None:
         GenerationClipScore(
             ["a photo of a daisy", "two roses", "a tulip"], [2.0], "anther-flowers-32", "embedded", every_n_epochs=1
         ),
+        GenerationFid(num_images=25, prompts=["a daisy", "two roses"], every_n_epochs=1, batch_size=7),
         BottleneckEmbeddings(folder / "embeddings", prompts=["a daisy"], every_n_epochs=1),
         BottleneckEmbeddings(folder / "validated", source="val", every_n_epochs=1),
         TimestepLoss(folder / "plots"),
@@ -78,7 +81,11 @@ def train(folder: Path, world: int) -> None:
         logger=CSVLog(folder / "metrics.csv"),
         **ranks,
     )
-    t.fit(module(lr=0.0), datamodule=dots(world))
+    with (
+        patch("callbacks.fid.load_extractor", lambda *_: Corners()),
+        patch("callbacks.fid.check_number", lambda *_: None),
+    ):
+        t.fit(module(lr=0.0), datamodule=dots(world))
     values = {name: float(value) for name, value in t.callback_metrics.items() if name.startswith("val/")}
     torch.manual_seed(0)
     classifier = Classification(LeNet(classes=10), functools.partial(torch.optim.SGD, lr=0.1))
@@ -92,7 +99,7 @@ def test_ranks_agree_with_one_another_and_with_one_alone(tmp_path: Path) -> None
     (tmp_path / "1").mkdir()
     train(tmp_path / "1", 1)
     alone = json.loads((tmp_path / "1" / "rank0.json").read_text())
-    assert {"val/loss", "val/clip_score", "val/loss_by_t/0.95", "classifier val/accuracy"} <= set(alone)
+    assert {"val/loss", "val/clip_score", "val/fid_25", "val/loss_by_t/0.95", "classifier val/accuracy"} <= set(alone)
     embedded = np.load(tmp_path / "1" / "validated" / "step-000006.npz")
     assert len(embedded["ids"]) == 9
     for world in (2, 3):
