@@ -3,10 +3,12 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +50,29 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_named(how: str, t
     spoil(last, how)
     with pytest.raises(AntherError, match="use another one"):
         checkpoint.read(last)
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Unlike in length, so that what lies where in one is something else in the other.
+    files = [tmp_path / "short.ckpt", tmp_path / "long.ckpt"]
+    for value, path in enumerate(files):
+        weight = torch.full((1000 + 5000 * value,), float(value))
+        torch.save({"config": {"padding": "x" * 3000 * value}, "state_dict": {"weight": weight}}, path)
+    last = tmp_path / "last.ckpt"
+    shutil.copy(files[0], last)
+    maps, replaced = torch.UntypedStorage.from_file, []
+
+    def replace_and_map(*what: Any) -> Any:
+        if not replaced:
+            replaced.append(shutil.copy(files[1], tmp_path / "new"))
+            (tmp_path / "new").replace(last)
+        return maps(*what)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", replace_and_map)
+    assert torch.equal(checkpoint.read(last)["state_dict"]["weight"], torch.ones(6000))
+    assert replaced
 
 
 @pytest.mark.slow
