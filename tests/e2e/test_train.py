@@ -141,6 +141,8 @@ STAND_INS = {
     "celeba": SMALL_ADM,
     "cifar10": SMALL_ADM,
     "flowers102_seed004": [*DRAWN, "data.size=16", "network.dim=16"],
+    # Eight images have no FID: test_fid_while_training.
+    "flowers102_small": [*DRAWN, "data.size=16", "network.dim=16", "callbacks=default"],
     "vae_flowers102": [*DRAWN, "data.size=16"],
     "autoencoder_kl": [*DRAWN, "data.size=16", "network.channels=32"],
     "flowers": [*EMBEDDED, "data.batch_size=2"],
@@ -175,6 +177,22 @@ def test_every_experiment_runs_one_batch(experiment: str, call: Call, photos: Pa
     folder = call("train.py", *overrides)
     assert not (folder / "checkpoints").exists()
     assert not (folder / "result.json").exists()
+
+
+@pytest.mark.slow
+def test_fid_while_training(call: Call) -> None:
+    try:
+        resolve("fid_inception")
+    except AssetError as error:
+        pytest.skip(str(error))
+    drawn = ["data=embedded", "data.n_train=40", "data.n_val=10", "data.batch_size=20", "data.size=16"]
+    few = ["callbacks.fid.num_images=50", "callbacks.fid.every_n_epochs=1", "trainer.check_val_every_n_epoch=1"]
+    quick = ["network.dim=16", "sampler.steps=2", "trainer.max_steps=2", "trainer.accelerator=cpu"]
+    folder = call("train.py", "experiment=flowers102_small", *drawn, *few, *quick)
+    (best,) = (folder / "checkpoints").glob("best_fid-*.ckpt")
+    logged = float(rows(folder)[-1]["val/fid_50"])
+    assert f"{logged:.2f}" in best.name
+    assert logged > 0
 
 
 @pytest.mark.parametrize(

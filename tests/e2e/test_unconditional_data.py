@@ -10,6 +10,7 @@ from tests.e2e.test_train import ROOT
 EXPERIMENTS = {
     "flowers102": ((3, 64, 64), 42_855_427),
     "flowers102_seed004": ((3, 64, 64), 14_908_925),
+    "flowers102_small": ((3, 32, 32), 2_185_491),
     "celeba": ((3, 64, 64), 42_855_427),
     "cifar10": ((3, 32, 32), 55_245_443),
     "vae_flowers102": ((3, 64, 64), 2_957_251),
