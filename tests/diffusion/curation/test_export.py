@@ -4,12 +4,15 @@ import json
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from diffusion.curation import records
+from diffusion.curation.dataset import build_dataset
 from diffusion.curation.export import export_fiftyone, export_imagefolder, load_exported
 from diffusion.errors import AntherError
+from tests.test_hostile_words import PROMPTS as HOSTILE
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,27 @@ def test_export_names_no_folder_of_this_machine(built, moved):
     assert [sample["filepath"] for sample in samples] == [f"data/{k:06d}.png" for k in range(24)]
     for path in moved.rglob("*.json"):
         assert str(built.parent) not in path.read_text(), path
+
+
+def test_hostile_words_are_words(fiftyone, make_run, tmp_path):
+    n = len(HOSTILE)
+    folder = make_run(tmp_path / "run", n)
+    frame = pd.read_parquet(folder / "records.parquet")
+    frame["prompt"], frame["label"] = HOSTILE, HOSTILE[::-1]
+    frame["nearest_real"] = [f"{word}/1.jpg" for word in HOSTILE]
+    frame.to_parquet(folder / "records.parquet")
+    build_dataset(folder, "hostile")
+    export_fiftyone("hostile", folder)
+    load_exported(folder / "dataset", "hostile again")
+    for name in ("hostile", "hostile again"):
+        held = fiftyone.load_dataset(name)
+        assert held.values("prompt.label") == list(HOSTILE)
+        assert held.values("label.label") == list(HOSTILE[::-1])
+        assert held.values("nearest_real") == [f"{word}/1.jpg" for word in HOSTILE]
+        fiftyone.delete_dataset(name)
+    data = {path.name for path in (folder / "dataset" / "data").iterdir()}
+    assert data == {f"{k:06d}.png" for k in range(n)}
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
 def test_export_is_whole_or_absent(fiftyone, built, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from diffusion.evaluation.track import track
 from diffusion.loggers import CSVLog, finish, wandb_logger
 from tests.callbacks.test_loggers import items, whole
 from tests.diffusion.evaluation.fake_run import PROMPTS, RUN, flat, make_run, results
+from tests.test_hostile_words import PROMPTS as HOSTILE
 
 
 @pytest.fixture
@@ -104,6 +105,17 @@ def test_what_wandb_holds_is_the_record(tmp_path):
         "mean_representativeness": np.mean(frame["representativeness"].to_numpy()),
     }
     assert {key: held.summary[key] for key in expected} == pytest.approx(expected)
+
+
+@pytest.mark.usefixtures("offline")
+def test_hostile_words_are_words(tmp_path):
+    n = len(HOSTILE)
+    write_metrics(tmp_path, {**RUN, "prompts": list(HOSTILE)}, results(make_run(tmp_path, n, HOSTILE), n))
+    held = Held(tmp_path)
+    assert held.config["prompts"] == list(HOSTILE)
+    assert [row[1] for row in held.table("evaluation_results_table")["data"]] == list(HOSTILE)
+    assert set(dict(held.table("clip_scores_chart_table")["data"])) == set(HOSTILE)
+    assert held.summary["best_clip_prompt"] in HOSTILE
 
 
 @pytest.mark.usefixtures("offline")
