@@ -14,8 +14,8 @@ from torch import nn
 from callbacks.drawing import Cell, cells, draw
 from diffusion.evaluation.distribution import check_number
 from diffusion.evaluation.inception import Extractor, load_extractor
+from diffusion.evaluation.reals import read_reals
 from diffusion.evaluation.reference import Reference, reference
-from diffusion.evaluation.scoring import read_reals
 from diffusion.images import to_uint8
 from diffusion.modules.generator import Generator
 from diffusion.samplers import Sampler

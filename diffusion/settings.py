@@ -104,6 +104,7 @@ class Evaluate(TypedDict):
     ckpt: str
     model: str | None
     prompts: list[Any] | str | None
+    reconstruct: str | None
     num_images: int
     seed: int
     batch_size: int

@@ -150,7 +150,8 @@ def _metric_rows(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[Sequence[
 
 
 def _command(run: Mapping[str, Any], count: int) -> str:
-    words = [f"ckpt={run.get('checkpoint')}", f"num_images={count}", f"seed={run.get('seed')}"]
+    words = [f"ckpt={run.get('checkpoint')}", f"num_images={count}"]
+    words.append(f"reconstruct={run['reconstruct']}" if run.get("reconstruct") else f"seed={run.get('seed')}")
     if run.get("guidance_weight") is not None:
         words.append(f"guidance.weight={run['guidance_weight']}")
     if run.get("guidance_interval") is not None:
@@ -161,7 +162,7 @@ def _command(run: Mapping[str, Any], count: int) -> str:
 
 
 def _run_rows(run: Mapping[str, Any], frame: Any) -> Iterator[Sequence[object]]:
-    seeds = frame["seed"].tolist() if "seed" in frame else []
+    seeds = frame["seed"].dropna().tolist() if "seed" in frame else []
     facts = {
         "experiment": run.get("experiment"),
         "checkpoint": run.get("checkpoint"),
@@ -173,6 +174,7 @@ def _run_rows(run: Mapping[str, Any], frame: Any) -> Iterator[Sequence[object]]:
         "conditioner": run.get("conditioner"),
         "image shape": run.get("image_shape"),
         "images": len(frame),
+        "reconstructions of the split": run.get("reconstruct"),
         "seeds": f"{min(seeds)} to {max(seeds)}, one per image" if seeds else None,
         "guidance weight": run.get("guidance_weight"),
         "guidance interval, sigma / alpha": run.get("guidance_interval"),

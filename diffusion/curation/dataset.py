@@ -27,13 +27,16 @@ UMAP_NEIGHBOURS = 15
 
 DEFINITIONS = {
     "prompt": "the text that the image was made from",
-    "label": "the class that the prompt names",
+    "label": "the class that the prompt names, or of the original",
     "clip_score": "cosine of the CLIP embeddings of image and prompt, higher = better fit; the model is in the metrics",
     EMBEDDING: "what the U-Net knows about the image: output of the layer in run.embedding, flattened",
     "guidance_weight": "w in e = (1 + w) e_c - w e_u; the paper's scale is 1 + w",
     "nearest_distance": "distance to the nearest training image, in the space its metric names; near 0 = memorised",
     "nearest_real": "the training image nearest to this one",
     "nearest_row": "row of that image in the data table",
+    "original": "the real image that this one is a reconstruction of",
+    "psnr": "peak signal-to-noise ratio to the original, in dB; higher = nearer",
+    "ssim": "structural similarity to the original (Wang et al., 2004), 1 at best",
     "realism": "Kynkäänniemi et al., 2019, arXiv:1904.06991: higher = deeper within the real images",
     "inception_entropy": "entropy of Inception's classes, in nats; lower = more certain",
     "pseudo_label": "the digit that the classifier finds likeliest",

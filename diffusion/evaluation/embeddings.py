@@ -18,6 +18,7 @@ from diffusion.samplers import Sampler, Step
 
 if TYPE_CHECKING:
     from diffusion.guidance import Guidance
+    from diffusion.modules.autoencoder import VariationalAutoencoder
     from diffusion.modules.generator import Generator
 
 Form = Literal["pooled", "flat", "raw"]
@@ -200,6 +201,27 @@ def sample_embedded(
         if embedding.when == "clean":
             model.look_at(images, prompts)
         return images, latest()
+
+
+@torch.no_grad()
+def reconstruct_embedded(
+    model: "VariationalAutoencoder", embedding: Embedding, images: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gives images back as `model.reconstruct` does, and takes their embeddings on the way.
+
+    Args:
+        model: in evaluation mode.
+        embedding: which one; `clean` is of what comes back, `last` of the image itself.
+        images: (n, C, H, W) in [-1, 1].
+
+    Returns:
+        What comes back (n, C, H, W) on the model's device, and embeddings, float32 on the CPU, (n, ...).
+    """
+    with capture(model.trained, embedding.layer) as captured:
+        back = model.reconstruct(images)
+        if embedding.when == "clean":
+            model.look_at(back, None)
+        return back, reduced(captured.rows(len(images)), embedding.form).float().cpu()
 
 
 def open_rows(folder: Path | str) -> Rows:

@@ -22,10 +22,18 @@ from diffusion.curation import records
 from diffusion.differences import differences
 from diffusion.errors import AntherError
 from diffusion.evaluation import embeddings
-from diffusion.evaluation.embeddings import Embedding, capture, sample_embedded, save_embeddings
+from diffusion.evaluation.embeddings import (
+    Embedding,
+    capture,
+    reconstruct_embedded,
+    sample_embedded,
+    save_embeddings,
+)
+from diffusion.evaluation.reals import Reals
 from diffusion.files import atomic
 from diffusion.guidance import Guidance
-from diffusion.images import save_png
+from diffusion.images import from_uint8, save_png
+from diffusion.modules.autoencoder import VariationalAutoencoder
 from diffusion.modules.generator import Generator
 from diffusion.rng import check_seed
 from diffusion.samplers import Sampler
@@ -55,6 +63,8 @@ class Plan:
         checkpoint_sha256: of the model's file.
         guidance: all about it but the weight.
         bad_sha256: of the file of the model that guidance leads away from; None without one.
+        originals: real images that an autoencoder gives back, image k for image k, in the place of draws; seeds mean
+            nothing then.
 
     Raises:
         AntherError: fewer than one image, a batch of none, no prompt, or no seed.
@@ -73,6 +83,7 @@ class Plan:
     checkpoint_sha256: str
     guidance: Guidance = field(default_factory=Guidance)
     bad_sha256: str | None = None
+    originals: Reals | None = None
 
     def __post_init__(self) -> None:
         for name, count in (("num_images", self.num_images), ("batch_size", self.batch_size)):
@@ -102,6 +113,8 @@ class Plan:
 
     def label(self, k: int) -> str | None:
         """The class of image k."""
+        if self.originals is not None:
+            return None if self.originals.labels is None else self.originals.labels[k]
         return None if self.labels is None else self.labels[k % len(self.labels)]
 
 
@@ -132,6 +145,8 @@ def check(model: Generator, plan: Plan) -> None:
     if plan.prompts is None and model.conditioner is not None:
         raise AntherError("this model draws from prompts and none were given: set prompts=[a red rose] or the like.")
     model.check_request(plan.prompts, 1 if plan.prompts is None else len(plan.prompts), plan.weight, plan.guidance)
+    if plan.originals is not None:
+        _check_reconstruction(model, plan, plan.originals)
     if plan.embedding is not None:
         with capture(model.trained, plan.embedding.layer):
             pass
@@ -141,6 +156,18 @@ def check(model: Generator, plan: Plan) -> None:
             )
         if late := [step for step in plan.embedding.steps if step >= plan.steps]:
             raise AntherError(f"embedding.steps has {late}, but the {plan.steps} steps are 0 to {plan.steps - 1}.")
+
+
+def _check_reconstruction(model: Generator, plan: Plan, originals: Reals) -> None:
+    if not isinstance(model, VariationalAutoencoder):
+        raise AntherError(
+            "reconstruct puts real images through an autoencoder, and this model is none: leave reconstruct out."
+        )
+    if plan.num_images > len(originals.rows):
+        raise AntherError(
+            f"the split {originals.split} has {len(originals.rows)} images to reconstruct, not {plan.num_images}: set "
+            f"num_images={len(originals.rows)} or less, or another split."
+        )
 
 
 def generate(
@@ -247,6 +274,13 @@ def _is_done(plan: Plan, folder: Path, chunk: range) -> bool:
 
 
 def _draw(model: Generator, plan: Plan, chunk: range) -> tuple[Tensor, Tensor | None]:
+    if plan.originals is not None:
+        assert isinstance(model, VariationalAutoencoder)
+        images = from_uint8(plan.originals.pixels[chunk.start : chunk.stop]).to(model.device)
+        if plan.embedding is None:
+            return model.reconstruct(images).cpu(), None
+        back, rows = reconstruct_embedded(model, plan.embedding, images)
+        return back.cpu(), rows
     prompts = None if plan.prompts is None else [str(plan.prompt(k)) for k in chunk]
     seeds = [plan.first_seed + k for k in chunk]
     if plan.embedding is None:
@@ -303,11 +337,12 @@ def _records(plan: Plan) -> "pd.DataFrame":
             "id": [_id(k) for k in numbers],
             "prompt": [plan.prompt(k) for k in numbers],
             "label": [plan.label(k) for k in numbers],
-            "seed": [plan.first_seed + k for k in numbers],
+            "seed": [plan.first_seed + k if plan.originals is None else None for k in numbers],
             "guidance_weight": None if plan.weight is None else float(plan.weight),
             "sampler": None if plan.sampler is None else type(plan.sampler).__name__,
             "steps": plan.steps,
             "checkpoint": plan.checkpoint_sha256,
             "file": [_file(k) for k in numbers],
+            **({} if plan.originals is None else {"original": plan.originals.names[: plan.num_images]}),
         }
     )

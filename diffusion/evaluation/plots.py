@@ -60,6 +60,8 @@ SCORES: Mapping[str, Score] = {
     "nearest_distance": Score("distance to the nearest training image", "L2", "nearest"),
     "inception_entropy": Score("entropy of the Inception prediction", "nats", "entropy"),
     "classifier_confidence": Score("classifier confidence", "probability of what it predicts", "confidence"),
+    "psnr": Score("peak signal-to-noise ratio", "dB, to the original", "PSNR", "higher"),
+    "ssim": Score("structural similarity", "to the original, 1 at best", "SSIM", "higher"),
     "uniqueness": Score("uniqueness", "1: the most unique image", "unique"),
     "representativeness": Score(
         "representativeness, FiftyOne Brain", "1: farthest from its cluster's centre", "repr. (Brain)"
@@ -70,13 +72,18 @@ SCORES: Mapping[str, Score] = {
 }
 
 
-def draw_plots(folder: Path, real_image: "Callable[[int], Tensor] | None" = None) -> list[Path]:
+def draw_plots(
+    folder: Path,
+    real_image: "Callable[[int], Tensor] | None" = None,
+    original: "Callable[[int], Tensor] | None" = None,
+) -> list[Path]:
     """Draws into `plots/` whatever the folder has the columns for; pictures of an earlier call are replaced.
 
         grid             the first images, a row per prompt
         histograms       every per-image score
         prompts          mean and deviation of the CLIP score, else of realism, per prompt
         best, worst      the ends of the same score
+        reconstructions  originals above what came back of them
         nearest          generated images above their nearest training images, the closest pairs first
         classes          how many images the classifier accepts per digit, and declines
         accepted, declined   the surest and the least sure of each
@@ -89,6 +96,7 @@ def draw_plots(folder: Path, real_image: "Callable[[int], Tensor] | None" = None
     Args:
         folder: of an evaluation.
         real_image: row of the data table -> that image, (C, H, W) in [-1, 1]; None leaves `nearest` out.
+        original: number of an image -> what it is a reconstruction of, likewise.
 
     Returns:
         The files, in the order above.
@@ -102,6 +110,7 @@ def draw_plots(folder: Path, real_image: "Callable[[int], Tensor] | None" = None
         pictures["histograms"] = _histograms(frame, units)
         pictures["prompts"] = _prompts(frame, units)
         pictures["best"], pictures["worst"] = _ends(folder, frame, units)
+        pictures["reconstructions"] = None if original is None else _reconstructions(folder, frame, original)
         pictures["nearest"] = None if real_image is None else _nearest(folder, frame, units, real_image)
         pictures |= _decisions(folder, frame)
         pictures |= _embeddings(folder, frame, units)
@@ -384,6 +393,22 @@ def _ends(
         return contact_sheet(f"The {word} images by {SCORES[column].title}", note, in_lines(cells, columns))
 
     return sheet(order.head(count), "best"), sheet(order.tail(count).iloc[::-1], "worst")
+
+
+def _reconstructions(
+    folder: Path, frame: "pd.DataFrame", original: "Callable[[int], Tensor]", most: int = 24, columns: int = 8
+) -> "Figure":
+    from diffusion.images import to_pil
+
+    cells = [
+        Cell(
+            [to_pil(original(k)).convert("RGB"), _picture(folder, row.file)],
+            f"{row.psnr:.1f} dB, {row.ssim:.2f}\nimage {row.id}",
+        )
+        for k, row in enumerate(frame.head(most).itertuples())
+    ]
+    note = f"above: the original, below: what came back; PSNR and SSIM; the first {len(cells)} of {len(frame)} images."
+    return contact_sheet("Reconstructions", note, in_lines(cells, columns))
 
 
 def _nearest(

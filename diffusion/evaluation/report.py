@@ -30,6 +30,8 @@ TITLES: Mapping[str, tuple[str, str]] = {
     "classifier_confidence": ("classifier confidence", "mean probability of what the classifier predicts"),
     "classifier_declined": ("declined", "share of images that the classifier does not want to name"),
     "classifier_accuracy": ("classifier accuracy", "share of accepted images that are what was asked for"),
+    "psnr": ("PSNR", "of reconstructions, in dB: mean over the images"),
+    "ssim": ("SSIM", "of reconstructions: mean structural similarity, 1 at best"),
     "diversity": ("diversity", "mean distance between random pairs, as the seeds computed it"),
     "diversity_pairs": ("diversity, all pairs", "mean distance over every pair"),
     "clip_score": ("CLIP score", "mean cosine of image and prompt"),
@@ -265,7 +267,9 @@ def _row(key: str, result: Result) -> dict[str, Any]:
 
 def _image(row: Mapping[str, Any], scores: list[str]) -> dict[str, Any]:
     known = {name: float(row[name]) for name in scores if row[name] is not None and math.isfinite(row[name])}
-    return {**{name: row.get(name) for name in ("id", "prompt", "label", "seed", "file")}, "scores": known}
+    # A reconstruction has no seed.
+    made = f"of {row['original']}" if row.get("original") else f"seed {row.get('seed')}"
+    return {**{name: row.get(name) for name in ("id", "prompt", "label", "file")}, "made": made, "scores": known}
 
 
 def _shown(value: Any) -> str:
@@ -407,7 +411,7 @@ A click opens the file.</p>
 {%- for name, value in image.scores.items() %} data-{{ name }}="{{ value }}"{% endfor %}>
 <a href="{{ image.file | url }}"><img src="{{ image.file | url }}" loading="lazy" alt="image {{ image.id }}"></a>
 <figcaption>{{ image.prompt or image.label or "" }}{{ "<br>" | safe if image.prompt or image.label }}
-<span>{{ image.id }} · seed {{ image.seed }}</span>
+<span>{{ image.id }} · {{ image.made }}</span>
 {% for name, value in image.scores.items() %}
 <br><span title="{{ scores[name].title }}, {{ scores[name].unit }}">{{ scores[name].short }} {{ value | number }}</span>
 {% endfor %}

@@ -16,9 +16,11 @@ from diffusion.curation import publish
 from diffusion.curation.export import DATASET, IMAGEFOLDER, export_fiftyone, export_imagefolder
 from diffusion.errors import AntherError
 from diffusion.evaluation.embeddings import Embedding
+from diffusion.evaluation.fidelity import fidelity
 from diffusion.evaluation.generate import Made, Plan, assemble, check, claim, generate
 from diffusion.evaluation.metric import Result
 from diffusion.evaluation.prompts import labels_of, read_prompts
+from diffusion.evaluation.reals import read_reals
 from diffusion.evaluation.report import TITLES, print_metrics, read_metrics, split_key, write_metrics, write_report
 from diffusion.evaluation.scoring import Scorers
 from diffusion.evaluation.subject import Subject, load_data, load_subject
@@ -67,7 +69,7 @@ def evaluate(config: Mapping[str, Any], folder: Path) -> float | None:
         return None
     results = _score(scorers, subject, plan, made, folder)
     if not (folder / "report.html").exists():
-        _report(config, scorers, folder)
+        _report(config, scorers, plan, folder)
     print_metrics(results)
     _track(config, folder)
     if config["dataset"] is not None:
@@ -102,6 +104,7 @@ def make_plan(config: Mapping[str, Any], subject: Subject, datamodule: Any) -> P
     own, chosen = subject.config["module"].get("sampler"), config.get("sampler")
     sampler: Sampler | None = model.sampler if chosen is None else build(chosen, "sampler")
     record = own if chosen is None else chosen
+    split = config["reconstruct"]
     weight, bad, wanted = config["guidance"]["weight"], config["guidance"]["bad"], config["embedding"]
     return Plan(
         prompts=None if prompts is None else tuple(prompts),
@@ -117,6 +120,7 @@ def make_plan(config: Mapping[str, Any], subject: Subject, datamodule: Any) -> P
         checkpoint_sha256=subject.sha256,
         guidance=load_guidance(config["guidance"], model),
         bad_sha256=None if bad is None else sha256(bad),
+        originals=None if split is None else read_reals(datamodule, split),
     )
 
 
@@ -141,6 +145,9 @@ def protocol(plan: Plan) -> dict[str, Any]:
         "steps": plan.steps,
         "batch_size": plan.batch_size,
         "embedding": None if plan.embedding is None else asdict(plan.embedding),
+        # Not there for draws: folders that were made before there was any choice go on.
+        **({} if plan.originals is None else {"reconstruct": plan.originals.split, "seed": None}),
+        **({} if plan.originals is None else {"originals_digest": plan.originals.digest}),
     }
 
 
@@ -167,7 +174,7 @@ def _check_installed(config: Mapping[str, Any]) -> None:
 
 def _needs_data(config: Mapping[str, Any], subject: Subject) -> bool:
     by_class = config["prompts"] == "classes" and subject.model.conditioner is not None
-    return by_class or any(config[stage] is not None for stage in ("inception", "nearest", "classifier"))
+    return by_class or any(config[name] is not None for name in ("reconstruct", "inception", "nearest", "classifier"))
 
 
 def _facts(subject: Subject, plan: Plan, made: Made, scorers: Scorers) -> dict[str, Any]:
@@ -219,6 +226,8 @@ def _score(scorers: Scorers, subject: Subject, plan: Plan, made: Made, folder: P
     prompts = None if plan.prompts is None else list(frame["prompt"])
     labels = [label if isinstance(label, str) else None for label in frame["label"]]
     scores = scorers.score(images, prompts, labels, protocol(plan), folder)
+    if plan.originals is not None:
+        scores.add(fidelity(images, plan.originals.pixels), {"psnr": "higher", "ssim": "higher"}, protocol(plan))
     if plan.embedding is not None:
         scores.add(brain.scores(embeddings.open_rows(folder)), {}, protocol(plan))
     records.with_columns(folder, scores.columns)
@@ -228,11 +237,15 @@ def _score(scorers: Scorers, subject: Subject, plan: Plan, made: Made, folder: P
     return scores.results
 
 
-def _report(config: Mapping[str, Any], scorers: Scorers, folder: Path) -> None:
+def _report(config: Mapping[str, Any], scorers: Scorers, plan: Plan, folder: Path) -> None:
     from diffusion.evaluation.plots import draw_plots
 
-    training = scorers.training
-    draw_plots(folder, None if training is None else lambda row: from_uint8(training.image(row)))
+    training, originals = scorers.training, plan.originals
+    draw_plots(
+        folder,
+        None if training is None else lambda row: from_uint8(training.image(row)),
+        None if originals is None else lambda k: from_uint8(originals.pixels[k]),
+    )
     export_imagefolder(folder)
     # The last one: where it is, the stage is over.
     write_report(folder, None if config["dataset"] is None else app_command(folder))
@@ -284,7 +297,7 @@ def _announce(subject: Subject, plan: Plan, scorers: Scorers, folder: Path) -> N
     prompts = "none" if plan.prompts is None else f"{len(plan.prompts)}: {'; '.join(plan.prompts[:3])}"
     rows = {
         "model": f"{subject.config.get('name')}, {subject.parameters:,} parameters, {subject.path}",
-        "images": f"{plan.num_images}, seeds {plan.first_seed} to {plan.first_seed + plan.num_images - 1}",
+        "images": f"{plan.num_images}, {_source(plan)}",
         "prompts": prompts + (" …" if plan.prompts and len(plan.prompts) > 3 else ""),
         "sampler": "none" if plan.sampler is None else f"{type(plan.sampler).__name__}, {plan.steps} steps",
         "guidance": "none" if plan.weight is None else f"w = {plan.weight}{plan.guidance.describe()}",
@@ -295,6 +308,12 @@ def _announce(subject: Subject, plan: Plan, scorers: Scorers, folder: Path) -> N
     for key, value in rows.items():
         table.add_row(Text(key, "bold"), Text(str(value)))
     Console(soft_wrap=True).print(table)
+
+
+def _source(plan: Plan) -> str:
+    if plan.originals is not None:
+        return f"reconstructions of the split {plan.originals.split}"
+    return f"seeds {plan.first_seed} to {plan.first_seed + plan.num_images - 1}"
 
 
 def _farewell(config: Mapping[str, Any], folder: Path) -> None:

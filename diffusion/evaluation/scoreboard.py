@@ -39,6 +39,7 @@ class Setting:
         n_real: real ones.
         image_shape: (C, H, W) of both.
         weights: hash of the Inception's.
+        reconstructed: split whose images the models gave back; None where they drew.
     """
 
     digest: str
@@ -47,6 +48,7 @@ class Setting:
     n_real: int
     image_shape: tuple[int, ...]
     weights: str
+    reconstructed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Entry:
     @property
     def drawn(self) -> str:
         """How the images were drawn, in short."""
+        if self.facts.get("reconstruct") is not None:
+            return "reconstruction"
         if self.facts.get("sampler") is None:
             return "one call"
         name = str(self.facts["sampler"].get("_target_", "")).rpartition(".")[2]
@@ -98,7 +102,8 @@ class Board:
         which = "all splits" if setting.split == "all" else f"split {setting.split}"
         size = " x ".join(map(str, setting.image_shape))
         name = self.names.get(setting.digest, "data")
-        return f"{name}, {size}: {setting.n:,} images against {setting.n_real:,} real ones ({which})"
+        what = "images" if setting.reconstructed is None else f"reconstructions of {setting.reconstructed}"
+        return f"{name}, {size}: {setting.n:,} {what} against {setting.n_real:,} real ones ({which})"
 
 
 def collect(folder: Path) -> Board:
@@ -140,6 +145,7 @@ def _setting(facts: Mapping[str, Any], results: Mapping[str, Result]) -> Setting
         n_real=int(protocol.get("N_real", 0)),
         image_shape=tuple(protocol.get("image_shape") or facts.get("image_shape") or ()),
         weights=str(protocol.get("weights_sha256")),
+        reconstructed=facts.get("reconstruct"),
     )
 
 

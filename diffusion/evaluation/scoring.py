@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from diffusion.assets import AssetError
 from diffusion.errors import AntherError
@@ -17,6 +16,7 @@ from diffusion.evaluation.distribution import check_number, distribution_metrics
 from diffusion.evaluation.inception import Extractor, Features, load_extractor
 from diffusion.evaluation.metric import Result
 from diffusion.evaluation.nearest import entropy, nearest, realism
+from diffusion.evaluation.reals import Reals, read_reals
 from diffusion.evaluation.reference import NEIGHBOURS, Reference, reference
 from diffusion.evaluation.rows import Derived, Matrix, parts
 from diffusion.evaluation.subject import Subject
@@ -71,45 +71,6 @@ def load_clip_scorer(model: str, pretrained: str, device: str) -> "ClipScore":
     scorer = ClipScore(model, pretrained).to(device)
     scorer.load()
     return scorer
-
-
-@dataclass(frozen=True)
-class Reals:
-    """Real images that the drawn ones are held against.
-
-    Attributes:
-        pixels: uint8 (M, C, H, W), at the size of the drawn images, not augmented.
-        rows: of the data table, (M,).
-        names: of the images.
-        split: which.
-        digest: of the data table.
-    """
-
-    pixels: Tensor
-    rows: Array
-    names: tuple[str, ...]
-    split: str
-    digest: str
-
-    def image(self, row: int) -> Tensor:
-        """The image of a row of the data table, uint8 (C, H, W)."""
-        return self.pixels[int(np.flatnonzero(self.rows == row)[0])]
-
-
-def read_reals(datamodule: Any, split: str) -> Reals:
-    """The real images of a split, or of all splits together.
-
-    Raises:
-        AntherError: there is no such split.
-    """
-    splits: dict[str, Array] = datamodule.splits
-    if split != "all" and split not in splits:
-        raise AntherError(f"the data have the splits {', '.join(splits)} and no {split!r}: choose one of them, or all.")
-    chosen = list(splits) if split == "all" else [split]
-    rows = np.concatenate([splits[name] for name in chosen])
-    pixels = torch.cat([datamodule.pixels(name) for name in chosen])
-    table = datamodule.table
-    return Reals(pixels, rows, tuple(table.names[row] for row in rows), split, table.digest)
 
 
 class Scorers:

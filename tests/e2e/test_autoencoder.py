@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import skimage
 import torch
 from PIL import Image
 
@@ -15,7 +16,8 @@ import train
 from diffusion import checkpoint, cli
 from diffusion.checkpoint import load_model
 from diffusion.evaluation.embeddings import open_rows
-from diffusion.images import to_uint8
+from diffusion.evaluation.subject import load_data
+from diffusion.images import from_uint8, to_uint8
 from tests.e2e.test_train import DRAWN, ROOT
 
 Call = Callable[..., Path]
@@ -74,6 +76,41 @@ def test_evaluate_scores_it_like_any_model(vae: Path, call: Call, when: str, lay
             network.decoder_input(ImageRNG(range(6)).randn((128,))) if layer is None else network.encode(images).mean
         )
     assert np.allclose(rows, wanted.numpy(), atol=1e-4)
+
+
+def test_reconstructions_are_scored_against_their_originals(vae: Path, call: Call) -> None:
+    folder = call("evaluate.py", f"ckpt={vae}", *QUICK, "reconstruct=val", "num_images=4", "batch_size=3")
+    model, data = load_model(vae), load_data(checkpoint.read(vae)["config"])
+    originals = data.pixels("val")
+    back = to_uint8(model.reconstruct(from_uint8(originals)))
+    frame = pd.read_parquet(folder / "records.parquet")
+    table = data.table
+    assert list(frame["original"]) == [table.names[row] for row in data.splits["val"]]
+    assert list(frame["label"]) == [table.class_names[table.labels[row]] for row in data.splits["val"]]
+    assert frame["seed"].isna().all()
+    for k in range(4):
+        ours = np.asarray(Image.open(folder / frame["file"][k]))
+        assert np.abs(ours.astype(int) - back[k].permute(1, 2, 0).numpy()).max() <= 1  # a batch of 3 rounds otherwise
+        theirs = originals[k].permute(1, 2, 0).numpy()
+        assert frame["psnr"][k] == pytest.approx(skimage.metrics.peak_signal_noise_ratio(theirs, ours), abs=1e-3)
+        window = {"gaussian_weights": True, "use_sample_covariance": False, "channel_axis": 2}
+        expected = skimage.metrics.structural_similarity(theirs, ours, data_range=255, **window)
+        assert frame["ssim"][k] == pytest.approx(expected, abs=1e-9)
+    content = json.loads((folder / "metrics.json").read_text())
+    assert content["metrics"]["psnr_4"]["value"] == pytest.approx(frame["psnr"].mean())
+    assert (content["run"]["reconstruct"], content["run"]["seed"]) == ("val", None)
+    assert (folder / "plots" / "reconstructions.png").exists()
+    assert "of " + frame["original"][0] in (folder / "report.html").read_text()
+    rows = open_rows(folder)
+    with torch.no_grad():
+        wanted = model.trained.decoder_input(model.trained.encode(from_uint8(originals)).mean)
+    assert np.allclose(rows, wanted.numpy(), atol=1e-4)
+
+
+def test_what_cannot_be_reconstructed_is_said_first(vae: Path, refused: Callable[..., str]) -> None:
+    asked = ["evaluate.py", f"ckpt={vae}", *QUICK]
+    assert "has 4 images to reconstruct, not 6" in refused(*asked, "reconstruct=val")
+    assert "no 'valid'" in refused(*asked, "reconstruct=valid")
 
 
 @pytest.mark.parametrize(
