@@ -32,8 +32,10 @@ def test_any_letters_in_any_locale(tmp_path, more):
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_ends_a_command_with_a_sentence_and_its_status(name, tmp_path):
     code = f"""
+import signal
 from pathlib import Path
 from diffusion import cli, ranks
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
 job = "tests.diffusion.rank_jobs.gets_{name.lower()}"
 cli.run(lambda: ranks.leader.run(job, {{"trainer": {{}}}}, Path({str(tmp_path)!r})))
 """

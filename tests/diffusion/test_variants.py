@@ -30,7 +30,7 @@ VARIANTS = {
     "time": ["network.time_act=silu"],
     "post": ["network.norm=post"],
     "steps": ["T=20"],
-    "target": ["target=v"],
+    "target": ["target=eps"],
     "schedule": ["schedule=cosine"],
 }
 
