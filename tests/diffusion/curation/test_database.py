@@ -170,7 +170,7 @@ def run(tmp_path, *arguments, **environment):
     env = {key: value for key, value in os.environ.items() if not key.startswith("FIFTYONE_")}
     env |= {"FIFTYONE_DATABASE_DIR": str(tmp_path / "db"), "FIFTYONE_CONFIG_PATH": str(tmp_path / "config.json")}
     return subprocess.run(
-        [sys.executable, *arguments], env=env | environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *arguments], env=env | environment, capture_output=True, text=True, timeout=300
     )
 
 
