@@ -1,6 +1,6 @@
 """Real images of a split: what drawn ones are held against, and what autoencoders give back."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,22 @@ class Reals:
     split: str
     digest: str
     labels: tuple[str, ...] | None = None
+
+    def spread(self, n: int) -> "Reals":
+        """N of them at even distances: files lie in the order of their classes, and the first ones are of few.
+
+        All where there are not as many.
+        """
+        if n >= len(self.rows):
+            return self
+        chosen = np.arange(n) * len(self.rows) // n
+        return replace(
+            self,
+            pixels=self.pixels[chosen],
+            rows=self.rows[chosen],
+            names=tuple(self.names[k] for k in chosen),
+            labels=None if self.labels is None else tuple(self.labels[k] for k in chosen),
+        )
 
     def image(self, row: int) -> Tensor:
         """The image of a row of the data table, uint8 (C, H, W)."""

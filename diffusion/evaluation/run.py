@@ -120,7 +120,7 @@ def make_plan(config: Mapping[str, Any], subject: Subject, datamodule: Any) -> P
         checkpoint_sha256=subject.sha256,
         guidance=load_guidance(config["guidance"], model),
         bad_sha256=None if bad is None else sha256(bad),
-        originals=None if split is None else read_reals(datamodule, split),
+        originals=None if split is None else read_reals(datamodule, split).spread(config["num_images"]),
     )
 
 

@@ -107,6 +107,19 @@ def test_reconstructions_are_scored_against_their_originals(vae: Path, call: Cal
     assert np.allclose(rows, wanted.numpy(), atol=1e-4)
 
 
+def test_a_part_of_a_split_is_spread_over_its_classes(vae: Path, call: Call) -> None:
+    asked = ["reconstruct=train", "num_images=5", "embedding=null", "nearest=null"]
+    folder = call("evaluate.py", f"ckpt={vae}", *QUICK, *asked)
+    data = load_data(checkpoint.read(vae)["config"])
+    rows = data.splits["train"][[0, 3, 6, 9, 12]]
+    frame = pd.read_parquet(folder / "records.parquet")
+    assert list(frame["original"]) == [data.table.names[row] for row in rows]
+    back = to_uint8(load_model(vae).reconstruct(from_uint8(torch.from_numpy(data.table.images[rows]))))
+    for k in range(5):
+        ours = np.asarray(Image.open(folder / frame["file"][k])).astype(int)
+        assert np.abs(ours - back[k].permute(1, 2, 0).numpy()).max() <= 1
+
+
 def test_what_cannot_be_reconstructed_is_said_first(vae: Path, refused: Callable[..., str]) -> None:
     asked = ["evaluate.py", f"ckpt={vae}", *QUICK]
     assert "has 4 images to reconstruct, not 6" in refused(*asked, "reconstruct=val")
