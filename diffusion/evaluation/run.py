@@ -20,7 +20,7 @@ from diffusion.evaluation.fidelity import fidelity
 from diffusion.evaluation.generate import Made, Plan, assemble, check, claim, generate
 from diffusion.evaluation.metric import Result
 from diffusion.evaluation.prompts import labels_of, read_prompts
-from diffusion.evaluation.reals import read_reals
+from diffusion.evaluation.reals import Reals, read_reals
 from diffusion.evaluation.report import TITLES, print_metrics, read_metrics, split_key, write_metrics, write_report
 from diffusion.evaluation.scoring import Scorers
 from diffusion.evaluation.subject import Subject, load_data, load_subject
@@ -146,9 +146,12 @@ def protocol(plan: Plan) -> dict[str, Any]:
         "batch_size": plan.batch_size,
         "embedding": None if plan.embedding is None else asdict(plan.embedding),
         # Not there for draws: folders that were made before there was any choice go on.
-        **({} if plan.originals is None else {"reconstruct": plan.originals.split, "seed": None}),
-        **({} if plan.originals is None else {"originals_digest": plan.originals.digest}),
+        **({} if plan.originals is None else _reconstructed(plan.originals)),
     }
+
+
+def _reconstructed(originals: Reals) -> dict[str, Any]:
+    return {"reconstruct": originals.split, "originals_digest": originals.digest, "seed": None}
 
 
 def _check_installed(config: Mapping[str, Any]) -> None:
