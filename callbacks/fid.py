@@ -72,11 +72,10 @@ class GenerationFid(Callback):
         check_number(self.num_images, len(reals.rows))
         self._extractor = load_extractor(self.weights, pl_module.device)
         # One process per machine fills the cache, the others read it.
-        if trainer.local_rank == 0:
-            found = reference(reals.pixels, reals.names, reals.digest, reals.split, self._extractor)
-        trainer.strategy.barrier()
-        if trainer.local_rank != 0:
-            found = reference(reals.pixels, reals.names, reals.digest, reals.split, self._extractor)
+        for turn in (trainer.local_rank == 0, trainer.local_rank != 0):
+            if turn:
+                found = reference(reals.pixels, reals.names, reals.digest, reals.split, self._extractor)
+            trainer.strategy.barrier()
         self._metric = self._against(found, trainer)
 
     @staticmethod
