@@ -1,6 +1,6 @@
 """Scoring a folder of images: this project against torch-fidelity, and against the course's way, an image at a time.
 
-Comparisons of the same files in one process, in turns of half of the images; the reals' features are ready:
+Comparisons of the same files, in turns of half of the images; the reals' features are ready:
 
     ours             from files to all metrics of ours: CLIP score, FID, KID, precision, recall, nearest image, realism,
                      and the Inception Score where the weights have the last layer
@@ -9,8 +9,9 @@ Comparisons of the same files in one process, in turns of half of the images; th
                      `scipy.linalg.sqrtm`; as the guide is written, `calculate_clip_score` also loads CLIP for each
                      image. Timed on 8 images and one loading; the cost of all is that times their number.
 
-The values are compared first. Seconds are CPU seconds of this process and its children, since machines are shared; with
-one thread on all sides, since threads that wait for each other on a busy machine use seconds too.
+The values are compared first. Seconds are CPU seconds, of children too, since machines are shared; with one thread on
+all sides, since threads that wait for each other on a busy machine use seconds too. The last two have a process of
+their own, since what ours sets for a whole process would help them too.
 
 Without `--clip` the CLIP has the guide's architecture, ViT-B-32, and random weights: what it costs is the same.
 
@@ -19,12 +20,10 @@ Without `--clip` the CLIP has the guide's architecture, ViT-B-32, and random wei
 
 import argparse
 import logging
-import resource
 import statistics
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,9 @@ import torch
 from PIL import Image
 from threadpoolctl import threadpool_limits
 
+from benchmarks.apart import Apart, timed
 from datamodules.drawn import DrawnFlowers
+from diffusion.allocator import keep_freed_memory
 from diffusion.assessment import calculate_clip_score, calculate_fid
 from diffusion.assets import AssetError
 from diffusion.conditioning.openclip import load_clip
@@ -174,16 +175,19 @@ def guides_fid(real: np.ndarray, generated: np.ndarray) -> float:
     return float(((mu_1 - mu_2) ** 2).sum() + np.trace(sigma_1 + sigma_2 - 2 * root))
 
 
-def timed(call: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    """CPU seconds, those of children too, and what the call returned."""
-    before = cpu_seconds()
-    result = call(*arguments)
-    return cpu_seconds() - before, result
+def make_peers(task: Task, clip: tuple[str, str], folder: Path) -> dict[str, Any]:
+    """What ours is measured against, ready to begin."""
+    be_quiet()
+    peers = {"torch-fidelity": TorchFidelity(task, load_extractor(), folder), "one by one": OneByOne(clip)}
+    peers["torch-fidelity"].warm_up(task.reals[0])
+    peers["one by one"].networks(task.part(slice(0, 2)))
+    return peers
 
 
-def cpu_seconds() -> float:
-    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+def be_quiet() -> None:
+    """Without what torch-fidelity says of its loader, and open_clip of weights that are meant to be random."""
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
+    logging.disable(logging.WARNING)
 
 
 def random_clip(folder: Path) -> tuple[str, str]:
@@ -206,9 +210,9 @@ def main() -> None:
     n = options.images
     if n < 32:
         parser.error("--images must be 32 or more")
-    warnings.filterwarnings("ignore", message="This DataLoader will create")  # torch-fidelity's
-    logging.disable(logging.WARNING)  # open_clip's, of weights that are meant to be random
+    be_quiet()
     torch.set_num_threads(1)
+    keep_freed_memory()
     threadpool_limits(1)
     try:
         load_extractor()
@@ -220,22 +224,18 @@ def main() -> None:
         clip = tuple(options.clip) if options.clip else random_clip(Path(folder))
         task = make_task(n, Path(folder))
         ours = Ours(task, clip)
-        theirs = TorchFidelity(task, ours.extractor, Path(folder))
-        one_by_one = OneByOne(clip)
+        ours.networks(task.part(slice(0, 2)))  # warms up
+        peers = Apart(make_peers, task, clip, Path(folder))
         size = -(-n // TURNS)
-        warm_up = task.part(slice(0, 2))
-        ours.networks(warm_up)
-        one_by_one.networks(warm_up)
-        theirs.warm_up(task.reals[0])
 
         for turn in range(TURNS):
             part = task.part(slice(turn * size, (turn + 1) * size))
             few = part.part(slice(0, FEW))
             took = {}
-            took["torch-fidelity"], expected = timed(theirs.metrics, part)
+            took["torch-fidelity"], expected = peers.timed("torch-fidelity", "metrics", part)
             took["networks"], batched = timed(ours.networks, part)
             took["metrics"], values = timed(ours.metrics, batched)
-            took["one by one"], single = timed(one_by_one.networks, few)
+            took["one by one"], single = peers.timed("one by one", "networks", few)
             for key, value in expected.items():
                 tolerance = 1e-3 if key.startswith("is") else 1e-6
                 assert np.isclose(values[key], value, rtol=tolerance, atol=0), (key, values[key], value)
@@ -243,6 +243,7 @@ def main() -> None:
             assert np.allclose(single["pool"], batched["features"].pool[:FEW], atol=1e-4)
             for side, s in took.items():
                 seconds.setdefault(side, []).append(s)
+        peers.end()
 
         real, generated = np.asarray(ours.reference.features), batched["features"].pool
         guide_seconds, guide = timed(guides_fid, real, generated)

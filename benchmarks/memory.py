@@ -106,7 +106,10 @@ def main() -> None:
     if options.only:
         import torch
 
+        from diffusion.allocator import keep_freed_memory
+
         torch.set_num_threads(1)
+        keep_freed_memory()  # as the command does
         with tempfile.TemporaryDirectory() as folder:
             evaluate(options.only, Path(folder))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

@@ -12,6 +12,7 @@ from threading import current_thread, main_thread
 from typing import Any
 
 from diffusion import ranks, secrecy, sweeps
+from diffusion.allocator import keep_freed_memory
 from diffusion.build import closest
 from diffusion.errors import AntherError, Stopped
 from diffusion.files import atomic
@@ -47,6 +48,7 @@ def run(main: Callable[[], Any], several: bool = False) -> None:
         several: whether it may be started as several ranks; the others then do what rank 0 says.
     """
     _speak_utf8()
+    keep_freed_memory()
     if several and ranks.is_of_torchrun():
         ranks.end_with_parent()  # torchrun ends its processes, but not if it is killed
     follower = several and ranks.is_follower()

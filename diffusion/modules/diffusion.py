@@ -13,6 +13,7 @@ from diffusion.errors import AntherError
 from diffusion.guidance import AutoGuidance, ClassifierFree, Guidance
 from diffusion.modules.epoch_mean import epoch_mean
 from diffusion.modules.generator import TRAINING, VALIDATION, Generator
+from diffusion.networks.layout import lay_out
 from diffusion.rng import ImageRNG, generator
 from diffusion.samplers import Hook, Sampler
 
@@ -148,6 +149,10 @@ class Diffusion(Generator):
                 f"the data are {channels} x {height} x {height} and the network takes {network.img_ch} x "
                 f"{network.img_size} x {network.img_size}: choose data and network that fit each other."
             )
+
+    def configure_model(self) -> None:
+        """Lays the weights out for the device and precision of the trainer."""
+        lay_out(self.denoiser.network, self.trainer.strategy.root_device, self.trainer.precision)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Mean loss of the batch.

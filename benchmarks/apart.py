@@ -1,0 +1,59 @@
+"""A process beside the benchmark's own, for peers that would gain from what our commands set for a whole process."""
+
+import multiprocessing
+import resource
+from collections.abc import Callable
+from typing import Any
+
+
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def timed(call: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    """CPU seconds, and what the call returned."""
+    before = cpu_seconds()
+    result = call(*arguments)
+    return cpu_seconds() - before, result
+
+
+class Apart:
+    """Objects that live in a process of their own, with one thread and glibc's allocator as it comes.
+
+    That process waits while this one works, so turns interleave as they would in one.
+
+    Args:
+        make: makes the objects by name, there.
+        *arguments: of `make`.
+    """
+
+    def __init__(self, make: Callable[..., dict[str, Any]], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, make, arguments))
+        self._process.start()
+        theirs.close()
+
+    def timed(self, name: str, method: str, *arguments: Any) -> tuple[float, Any]:
+        """CPU seconds there, and what the method of the object of that name returned."""
+        self._pipe.send((name, method, arguments))
+        return self._pipe.recv()  # type: ignore[no-any-return]
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._pipe.send(None)
+        self._process.join()
+
+
+def _serve(pipe: Any, make: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> None:
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    torch.set_num_threads(1)
+    threadpool_limits(1)
+    objects = make(*arguments)
+    while (asked := pipe.recv()) is not None:
+        name, method, rest = asked
+        pipe.send(timed(getattr(objects[name], method), *rest))
