@@ -1,44 +1,82 @@
 """How many images per second the loader delivers, against what training consumes.
 
-Drawn flowers decoded once to a uint8 table, then batches as `train_dataloader` gives them: shuffled, flipped and
-cropped, float32. Training is the step of `benchmarks.train_step`'s bare loop, whose own batches are made beforehand, so
-nothing of the loader is in it. One process, one thread, in turns; CPU seconds.
+Drawn flowers in a memory-mapped uint8 table, then batches as `train_dataloader` gives them: shuffled, flipped and
+cropped, float32. The table has 36 pixels for images of 32, as in experiment=flowers_small, and 255 MB, more than the
+caches of a CPU; its rows repeat a few drawings. A turn is an epoch, so its order and draws are counted. Training is the
+step of `benchmarks.train_step`'s bare loop, whose own batches are made beforehand, so nothing of the loader is in it.
+One process, one thread, in turns; CPU seconds.
 
     python -m benchmarks.loader [network] [batch size]     network: demo (default), flowers
 """
 
 import statistics
 import sys
+import tempfile
 import time
-from itertools import islice
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.peers import T, make_network
 from datamodules.augment import FlipCrop
-from datamodules.drawn import DrawnFlowers
+from datamodules.base import EpochSampler, ImageDataModule, ImageTable
+from datamodules.drawn import draw
 from diffusion.denoiser import Denoiser
 from diffusion.modules.diffusion import TRAINING, draw_training
 from diffusion.schedules import Linear
 
-TURNS, BATCHES = 5, 32
+TURNS = 5
+SIDE, STORED = 32, 36
+DRAWN, REPEATS = 1024, 64
+
+
+class Repeated(ImageDataModule):
+    """A few drawings, many times over."""
+
+    def __init__(self, path: Path, batch_size: int) -> None:
+        super().__init__(
+            name="repeated drawings",
+            image_shape=(3, SIDE, SIDE),
+            batch_size=batch_size,
+            seed=0,
+            augment=FlipCrop(0.5),
+        )
+        self.path = path
+
+    def prepare_data(self) -> None:
+        drawings = np.stack([draw(0, k, STORED)[0] for k in range(DRAWN)])
+        np.save(self.path, np.tile(drawings, (REPEATS, 1, 1, 1)))
+
+    def load(self) -> ImageTable:
+        images = np.load(self.path, mmap_mode="r")
+        names = tuple(map(str, range(len(images))))
+        return ImageTable(images, torch.zeros(len(images), dtype=torch.long), ("flower",), names, names, "repeated")
 
 
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "demo"
     batch_size = int(sys.argv[2]) if len(sys.argv) > 2 else 32
     torch.set_num_threads(1)
-    data = DrawnFlowers(seed=0, batch_size=batch_size, n_train=BATCHES * batch_size, n_val=32, augment=FlipCrop(0.5))
+    with tempfile.TemporaryDirectory() as folder:
+        measure(name, batch_size, Path(folder) / "table.npy")
+
+
+def measure(name: str, batch_size: int, path: Path) -> None:
+    data = Repeated(path, batch_size)
     data.prepare_data()
     data.setup("fit")
     loader = data.train_dataloader()
     batch = next(iter(loader))["image"]
+    assert batch.shape[-1] == SIDE < data.table.images.shape[-1]
+    assert isinstance(loader.sampler, EpochSampler)
     denoiser = Denoiser(make_network(name), Linear(T))
     optimizer = torch.optim.Adam(denoiser.network.parameters(), lr=1e-4)
     delivered, consumed = [], []
     for turn in range(TURNS + 1):
+        loader.sampler.set_epoch(turn)
         before = time.process_time()
-        count = sum(len(part["image"]) for part in islice(loader, BATCHES))
+        count = sum(len(part["image"]) for part in loader)
         delivered.append(count / (time.process_time() - before))
         draws = draw_training((TRAINING, 0, turn), len(batch), range(len(batch)), batch.shape[1:], T, "stratified")
         before = time.process_time()
@@ -48,7 +86,8 @@ def main() -> None:
         consumed.append(len(batch) / (time.process_time() - before))
     # The first turn warms up.
     out, used = statistics.median(delivered[1:]), statistics.median(consumed[1:])
-    print(f"network {name}, batch {batch_size}, one thread")
+    megabytes = data.table.images.nbytes / 1e6
+    print(f"network {name}, batch {batch_size}, one thread, table of {len(data.table):,} images, {megabytes:.0f} MB")
     print(f"{'loader':10}{out:10.0f} images per CPU second")
     print(f"{'training':10}{used:10.0f} images per CPU second")
     print(f"{'ratio':10}{out / used:10.0f}")

@@ -43,7 +43,7 @@ class NanGuard(Callback):
         if not finite:
             raise NonFiniteError(
                 f"the {what} is not finite at step {trainer.global_step} (epoch {trainer.current_epoch}), so training "
-                f"stopped before the weights took it in; {_kept(trainer)}lower module.optimizer.lr, clip gradients or "
+                f"stopped before the weights took it in; {_kept(trainer)}lower optimizer.lr, clip gradients or "
                 "use trainer.precision=32-true."
             )
 

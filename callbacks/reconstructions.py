@@ -7,9 +7,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.ema import averaged
+from datamodules.base import ImageDataModule
 from diffusion.errors import AntherError
 from diffusion.files import atomic
-from diffusion.images import from_uint8, grid, to_pil
+from diffusion.images import TableRows, from_uint8, grid, to_pil
 from diffusion.loggers import log_picture
 from diffusion.modules.autoencoder import VariationalAutoencoder
 
@@ -48,7 +49,10 @@ class ReconstructionGrid(Callback):
 
     def _draw(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, VariationalAutoencoder)
-        originals = from_uint8(trainer.datamodule.pixels("val")[: self.images])  # type: ignore[attr-defined]
+        data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        # Not `data.pixels`, which copies the whole split.
+        validation = TableRows(data.table.images, data.splits["val"], data.image_shape[1])
+        originals = from_uint8(validation[: self.images])
         was_training = module.training
         module.eval()
         back = module.reconstruct(originals.to(module.device)).float().cpu().clamp(-1, 1)

@@ -3,14 +3,16 @@
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 LOSSES = {"train": "train/loss_epoch", "val": "val/loss"}
 
 
 class RunRecord(Callback):
-    """Gives the loggers the resolved config with `number_of_parameters`, and W&B a summary of the run.
+    """Gives the loggers the resolved config with what its run is made of, and W&B a summary of the run.
 
+    Beside the config stand `number_of_parameters` and `num_samples`, the images that are trained on. A W&B logger that
+    keeps checkpoints gets the best ones at the end, also those that an earlier process of the run wrote.
     The summary holds `final_train_loss`, `final_val_loss`, `best_train_loss`, `best_val_loss`, `total_epochs` and
     `total_batches`. Its state says which validation loss belongs to which step, so that a checkpoint knows its own.
     """
@@ -29,8 +31,11 @@ class RunRecord(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         count = sum(p.numel() for p in pl_module.parameters())
         config: dict[str, Any] = getattr(pl_module, "config", {})
+        made_of = {"number_of_parameters": count}
+        if splits := getattr(trainer.datamodule, "splits", None):  # type: ignore[attr-defined]
+            made_of["num_samples"] = len(splits["train"])
         for logger in trainer.loggers:
-            logger.log_hyperparams({**config, "number_of_parameters": count})
+            logger.log_hyperparams({**config, **made_of})
 
     def on_train_batch_end(self, *_: Any) -> None:  # noqa: D102
         self._batches += 1
@@ -53,6 +58,13 @@ class RunRecord(Callback):
         for logger in trainer.loggers:
             if type(logger).__name__ == "WandbLogger" and trainer.is_global_zero:
                 logger.experiment.summary.update(summary)  # type: ignore[attr-defined]
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        # Lightning's loggers know only of the checkpoints that this process saved.
+        for part in trainer.checkpoint_callbacks:
+            if isinstance(part, ModelCheckpoint) and part.best_model_score is not None and trainer.is_global_zero:
+                for logger in trainer.loggers:
+                    logger.after_save_checkpoint(part)
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
         return {"best": dict(self._best), "validated": dict(self._validated), "batches": self._batches}

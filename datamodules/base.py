@@ -19,7 +19,7 @@ from datamodules.exclusion import Exclusion, read_exclusions
 from diffusion.assets import cache_dir
 from diffusion.errors import AntherError
 from diffusion.files import atomic
-from diffusion.images import from_uint8
+from diffusion.images import centre_crop, from_uint8
 from diffusion.rng import generator
 
 if TYPE_CHECKING:
@@ -116,6 +116,8 @@ def cached_images(
 ) -> tuple[Array, list[int]]:
     """The pixels of a table: from the cache, or decoded once by threads, with a progress bar, and stored there.
 
+    Rows that were left out are tried again: if one can be decoded by now, the cache is made anew.
+
     Args:
         digest: the key; must change with the content and with every decoding parameter.
         count: number of candidate rows.
@@ -128,7 +130,8 @@ def cached_images(
     """
     path = cache_dir() / "tables" / f"{digest}.npy"
     rows_path = path.with_suffix(".json")
-    if (found := _load(path, rows_path, count, shape)) is not None:
+    found = _load(path, rows_path, count, shape)
+    if found is not None and all(decode(row) is None for row in sorted(set(range(count)) - set(found[1]))):
         return found
     kept: list[int] = []
     with atomic(path) as temporary:
@@ -263,12 +266,6 @@ class TableView(Dataset[dict[str, Tensor]]):
             source = np.random.default_rng([self.seed, epoch, 1])
             self._drawn = (epoch, source.random((len(self.table), self.augment.draws)))
         return self._drawn[1]
-
-
-def centre_crop(pixels: Tensor, size: int) -> Tensor:
-    """The central (size, size) of (..., H, W)."""
-    top, left = (pixels.shape[-2] - size) // 2, (pixels.shape[-1] - size) // 2
-    return pixels[..., top : top + size, left : left + size]
 
 
 class EpochLoader(DataLoader[dict[str, Tensor]]):

@@ -1,6 +1,6 @@
 """CelebA: aligned faces, their 40 attributes, and the partition of the authors."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ import torch
 
 from datamodules.archives import extract
 from datamodules.base import Array, ImageTable
-from datamodules.folders import FolderImages
+from datamodules.folders import FolderImages, image_files
 from diffusion.assets import cache_dir
 from diffusion.errors import AntherError
 from diffusion.files import sha256
@@ -29,7 +29,7 @@ PARTITION = _File(
 )
 ATTRIBUTES = _File("list_attr_celeba.txt", 26721026, "f0e5da289d5ccf75ffe8811132694922b60f2af59256ed362afa03fefba324d0")
 PAGE = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
-PARTS = ("train", "val", "test")
+COUNTS = {"train": 162_770, "val": 19_867, "test": 19_962}
 
 
 class CelebA(FolderImages):
@@ -42,7 +42,7 @@ class CelebA(FolderImages):
     Args:
         path: a folder, or one with a folder `celeba/` (torchvision's), that holds `img_align_celeba.zip` or what it
             unpacks to, `list_eval_partition.txt` and `list_attr_celeba.txt`. Nothing is fetched, since its publisher's
-            Google Drive refuses most requests.
+            Google Drive refuses most requests. Fewer images are fine where the partition names these and no others.
         attribute: makes two classes of one attribute, e.g. `Smiling`: "not smiling" and "smiling".
         **settings: those of `FolderImages`, without `classes` and `nouns`.
     """
@@ -78,12 +78,20 @@ class CelebA(FolderImages):
         )
 
     def find(self, root: Path) -> tuple[list[Path], list[int], list[str]]:
-        """See `FolderImages`; the files are those of the partition."""
-        files = [root / name for name in self._partition()]
+        """See `FolderImages`; the files are those of the partition, which must name all that are there."""
+        partition = self._partition()
+        files = [root / name for name in partition]
         if absent := [file for file in files if not file.is_file()]:
             raise AntherError(
                 f"{len(absent):,} of the {len(files):,} images of {PARTITION.name} are not in {root}, such as "
                 f"{absent[0].name}: get {IMAGES.name} again."
+            )
+        there = [file.relative_to(root).as_posix() for file in image_files(root, root)]
+        if unlisted := [name for name in there if name not in partition]:
+            raise AntherError(
+                f"{PARTITION.name} has no line for {len(unlisted):,} of the {len(there):,} images in {root}, such as "
+                f"{unlisted[0]}: get it again (the authors' has {PARTITION.size:,} bytes, this one "
+                f"{(self.folder / PARTITION.name).stat().st_size:,}), or take out the images that it does not name."
             )
         if self.attribute is None:
             return files, [0] * len(files), ["face"]
@@ -109,7 +117,7 @@ class CelebA(FolderImages):
         """The partition of the authors."""
         partition = self._partition()
         parts = np.array([partition[name] for name in table.names])
-        return {name: np.flatnonzero(parts == k) for k, name in enumerate(PARTS)}
+        return {name: np.flatnonzero(parts == k) for k, name in enumerate(COUNTS)}
 
     def _partition(self) -> dict[str, int]:
         return read_partition(self.folder / PARTITION.name)
@@ -124,15 +132,28 @@ def read_partition(path: Path) -> dict[str, int]:
     """0, 1 or 2 (train, val, test) by file name, from lines such as `000001.jpg 0`.
 
     Raises:
-        AntherError: a line is something else.
+        AntherError: a line is something else, an image has two, or all of CelebA's have one and the parts are of other
+            sizes than the authors'.
     """
-    partition = {}
+    partition: dict[str, int] = {}
     for number, line in enumerate(_lines(path), 1):
         words = line.split()
         if len(words) != 2 or words[1] not in ("0", "1", "2"):
             raise AntherError(f"line {number} of {path} is {line!r} and not like '000001.jpg 0'; get the file again.")
+        if words[0] in partition:
+            raise AntherError(f"line {number} of {path} names {words[0]} a second time; get the file again.")
         partition[words[0]] = int(words[1])
+    sizes = np.bincount([*partition.values()], minlength=len(COUNTS)).tolist()
+    if len(partition) == sum(COUNTS.values()) and sizes != [*COUNTS.values()]:
+        raise AntherError(
+            f"{path} is damaged, since its parts have {_sizes(sizes)} images and not {_sizes(COUNTS.values())} as the "
+            "authors'; get it again."
+        )
     return partition
+
+
+def _sizes(counts: Iterable[int]) -> str:
+    return " / ".join(f"{count:,}" for count in counts)
 
 
 def read_attributes(path: Path) -> tuple[tuple[str, ...], dict[str, Array]]:

@@ -1,5 +1,6 @@
 """Oxford Flowers-102 with the splits of its authors."""
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from diffusion.files import sha256
 
 IMAGES, LABELS, SPLITS = (Path(ASSETS[f"flowers102/{part}"].file).name for part in ("images", "labels", "splits"))
 OFFICIAL = {"train": "trnid", "val": "valid", "test": "tstid"}
+COUNTS = {"train": 1020, "val": 1020, "test": 6149}
+BY_SEED = "split by a seed with data.split='{train: 0.8, val: 0.1, test: 0.1}'"
 
 
 class Flowers102(FolderImages):
@@ -51,7 +54,8 @@ class Flowers102(FolderImages):
         if roles is not None and split is not None:
             raise AntherError("data.roles rearranges the authors' splits, which data.split replaces: drop one of them.")
         self.official = split is None
-        self._ids: tuple[int, ...] = ()
+        self._files: list[Path] = []  # of every species that is there, chosen or not
+        self._complete = True  # every species is there
         self._setid: Path | None = None
 
     @property
@@ -84,9 +88,12 @@ class Flowers102(FolderImages):
             every = read_mat(self._labels_file(), "labels") - 1
             files = [root / "jpg" / f"image_{k:05d}.jpg" for k in range(1, len(every) + 1)]
             species = [self.species[label] for label in every]
+            complete = True
         else:
             files, folder_labels, folders = self._by_folder(root)
             species = [folders[label] for label in folder_labels]
+            complete = set(folders) == set(self.species)
+        self._files, self._complete = files, complete
         if unknown := set(names) - set(self.species):
             raise AntherError(f"data.classes has {', '.join(sorted(unknown))}, which is none of the 102 species.")
         kept = [(file, names.index(name)) for file, name in zip(files, species, strict=True) if name in names]
@@ -122,15 +129,33 @@ class Flowers102(FolderImages):
             asset = ASSETS["flowers102/splits"]
             raise AntherError(
                 f"the authors' splits of Flowers-102 stand in {SPLITS}, which is not beside {self.path}: fetch "
-                f"{asset.urls[0]} (sha256 {asset.sha256}) and put it there, or split by a seed with "
-                "data.split='{train: 0.8, val: 0.1, test: 0.1}'."
+                f"{asset.urls[0]} (sha256 {asset.sha256}) and put it there, or {BY_SEED}."
             )
+        ids = {name: read_mat(self._setid, key).tolist() for name, key in OFFICIAL.items()}
+        self._check_whole(self._setid, ids)
+        # What has no row here cannot be decoded, or is of a species that was not chosen.
         rows = {image_id(name): row for row, name in enumerate(table.names)}
-        parts = {}
-        for name, key in OFFICIAL.items():
-            ids = read_mat(self._setid, key).tolist()
-            parts[name] = np.array(sorted(rows[k] for k in ids if k in rows), np.int64)
+        parts = {name: np.array(sorted(rows[k] for k in ids[name] if k in rows), np.int64) for name in ids}
         return {role: parts[name] for role, name in self.roles.items()}
+
+    def _check_whole(self, setid: Path, ids: Mapping[str, list[int]]) -> None:
+        sizes = {name: len(part) for name, part in ids.items()}
+        total = sum(sizes.values())
+        if total == sum(COUNTS.values()) and sizes != COUNTS:
+            raise AntherError(
+                f"{setid} is damaged, since its parts have {sizes} images and the authors' {COUNTS}; get it again."
+            )
+        there = {image_id(file.name) for file in self._files}
+        if not (absent := sorted(set().union(*ids.values()) - there)):
+            return
+        said = (
+            f"{len(absent):,} of the {total:,} images of {setid} are not in {self.path or IMAGES}, the first is "
+            f"image_{absent[0]:05d}.jpg"
+        )
+        if self._complete:
+            raise AntherError(f"{said}: get the images again, or {BY_SEED}.")
+        # Only imagelabels.mat knows whether they are of the species that were chosen.
+        logging.getLogger(__name__).warning("%s; not every species is there, so these may be of another", said)
 
     def describe(self) -> str:
         """Which splits these are, too."""

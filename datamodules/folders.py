@@ -1,10 +1,13 @@
 """Photos in one folder per class: from a folder, an archive, an address, or an asset."""
 
 import csv
+import errno
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,14 +123,15 @@ class FolderImages(ImageDataModule):
         names = [file.relative_to(root).as_posix() for file in files]
         shape = (self.image_shape[0], self.short_side, self.short_side)
         with ThreadPoolExecutor() as pool:
-            content = list(pool.map(sha256, files))
+            content = list(pool.map(_sha256, files))
         how = "bicubic, centre, white" if self.crop is None else f"bicubic, centre {self.crop}, white"
         digest = content_digest([how, shape, names, content])
 
         def decode(row: int) -> Array | None:
             try:
-                return decode_square(files[row], self.short_side, self.image_shape[0], self.crop)
-            except MemoryError:
+                with _read(files[row]):
+                    return decode_square(files[row], self.short_side, self.image_shape[0], self.crop)
+            except (MemoryError, AntherError):
                 raise
             # What Pillow raises for damaged files depends on the format.
             except Exception:
@@ -292,6 +296,30 @@ class Flowers210(FolderImages):
         if absent := [file for file in files if not file.is_file()]:
             raise AntherError(f"{table} names {absent[0].name}, which is not there; get the archive again.")
         return files, labels, class_names
+
+
+def _sha256(path: Path) -> str:
+    with _read(path):
+        return sha256(path)
+
+
+@contextmanager
+def _read(path: Path) -> Iterator[None]:
+    """Tells what the system refuses from what is wrong with a file, whose errors have no number.
+
+    Raises:
+        AntherError: the file cannot be read.
+    """
+    try:
+        yield
+    except OSError as error:
+        # An invalid argument is a place in front of the file's beginning, which a damaged header names.
+        if error.errno in (None, errno.EINVAL):
+            raise
+        raise AntherError(
+            f"cannot read {path}: {os.strerror(error.errno)}; the image itself may be whole, so mend that and start "
+            "again."
+        ) from error
 
 
 def image_files(folder: Path, root: Path) -> list[Path]:

@@ -116,8 +116,43 @@ class PngFiles:
         return PngFiles([self._paths[k] for k in index])
 
 
-Images = Tensor | PngFiles
-"""uint8 (N, C, H, W), in memory or in files: `len(images)`, `images.shape`, `images[7]`, `images[8:16]`."""
+class TableRows:
+    """Rows of a data table, read when they are asked for: what a tensor uint8 (N, C, H, W) is to its reader.
+
+    Args:
+        images: uint8 (M, C, H', W') of the table, which may be a memory map larger than memory.
+        rows: N of them.
+        size: height and width of the centre that is wanted.
+    """
+
+    def __init__(self, images: np.ndarray, rows: np.ndarray, size: int) -> None:
+        self._images, self._rows, self._size = images, rows, size
+        self.shape = (len(rows), images.shape[1], size, size)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: "int | slice") -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: "Sequence[int] | np.ndarray") -> "TableRows": ...
+
+    def __getitem__(self, index: "int | slice | Sequence[int] | np.ndarray") -> "Tensor | TableRows":
+        """One image, consecutive ones, or a choice of the rows, which is not read yet."""
+        if isinstance(index, int | slice):
+            return centre_crop(torch.from_numpy(np.array(self._images[self._rows[index]])), self._size)
+        return TableRows(self._images, self._rows[np.asarray(index, np.int64)], self._size)
+
+
+def centre_crop(pixels: Tensor, size: int) -> Tensor:
+    """The central (size, size) of (..., H, W)."""
+    top, left = (pixels.shape[-2] - size) // 2, (pixels.shape[-1] - size) // 2
+    return pixels[..., top : top + size, left : left + size]
+
+
+Images = Tensor | PngFiles | TableRows
+"""uint8 (N, C, H, W), in memory, in files or in a table: `len(images)`, `images.shape`, `images[7]`, `images[8:16]`."""
 
 
 def read_pngs(paths: Sequence[Path]) -> Tensor:

@@ -8,7 +8,7 @@ import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.error import HTTPError
 from urllib.parse import urlparse
 from urllib.request import Request, urlopen
@@ -114,7 +114,13 @@ class CSVLog(Logger):
         self._written = time.monotonic()
 
 
-def wandb_logger(project: str, save_dir: str | Path, name: str | None = None, **options: Any) -> "WandbLogger":
+def wandb_logger(
+    project: str,
+    save_dir: str | Path,
+    name: str | None = None,
+    log_model: bool | Literal["all"] = False,
+    **options: Any,
+) -> "WandbLogger":
     """A W&B logger; without an account it records the run on disk and says so.
 
     An account is the variable WANDB_API_KEY or an entry for W&B's host in the netrc file, as `wandb login` makes it;
@@ -127,7 +133,10 @@ def wandb_logger(project: str, save_dir: str | Path, name: str | None = None, **
         project: W&B project.
         save_dir: the run's log folder; W&B makes `wandb/` in it.
         name: of the run; None takes the name of the run's folder.
-        **options: of `wandb.init`, e.g. `entity`, `group`, `tags`.
+        log_model: whether the checkpoints that are the best by some measure become model artifacts: True at the end
+            those that are the best then, "all" each when it is written. An offline run names True's in the run's
+            folder, where `wandb sync` finds them, and holds copies of "all", of which the folder keeps only the last.
+        **options: of `WandbLogger` and `wandb.init`, e.g. `checkpoint_name`, `entity`, `group`, `tags`.
     """
     import wandb
     from lightning.pytorch.loggers import WandbLogger
@@ -144,7 +153,9 @@ def wandb_logger(project: str, save_dir: str | Path, name: str | None = None, **
         )
     options = {"settings": wandb.Settings(finish_timeout=FINISH_SECONDS), **options}
     options = {"mode": mode, "id": _run_id(folder), **options}
-    return WandbLogger(project=project, save_dir=folder, name=name or folder.absolute().parent.name, **options)
+    options = {"add_file_policy": "mutable" if log_model == "all" else "immutable", **options}
+    name = name or folder.absolute().parent.name
+    return WandbLogger(project=project, save_dir=folder, name=name, log_model=log_model, **options)
 
 
 def _wandb_url() -> str:

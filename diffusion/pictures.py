@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffusion.modules.diffusion import Diffusion
+    from diffusion.samplers import Sampler
     from diffusion.schedules import Schedule
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -36,20 +37,38 @@ def make_schedule(name: str, T: int) -> "Schedule":
     Raises:
         AntherError: no such schedule, or an impossible T.
     """
+    if T < 2:
+        raise AntherError(f"T = {T} counts the steps of a schedule: 2 or more.")
+    schedule: Schedule = _part("train", "schedule", name, f"T={T}")
+    return schedule
+
+
+def make_sampler(name: str, steps: int | None) -> "Sampler":
+    """The sampler that `sampler=NAME sampler.steps=...` means to sample.py; None leaves the steps at its own number.
+
+    Raises:
+        AntherError: no such sampler, or an impossible number of steps.
+    """
+    overrides = [] if steps is None else [f"sampler.steps={steps}"]
+    sampler: Sampler = _part("sample", "sampler", name, *overrides)
+    return sampler
+
+
+def _known(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def _part(command: str, group: str, name: str, *overrides: str) -> Any:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
     from diffusion.build import build
 
-    known = sorted(path.stem for path in (CONF / "schedule").glob("*.yaml"))
-    if name not in known:
-        raise AntherError(f"there is no schedule {name!r}: choose from {', '.join(known)}.")
-    if T < 2:
-        raise AntherError(f"T = {T} counts the steps of a schedule: 2 or more.")
+    if name not in _known(group):
+        raise AntherError(f"there is no {group} {name!r}: choose from {', '.join(_known(group))}.")
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        node = compose("train", [f"schedule={name}", f"T={T}"]).schedule
-        schedule: Schedule = build(OmegaConf.to_container(node, resolve=True))  # type: ignore[arg-type]
-    return schedule
+        node = compose(command, [f"{group}={name}", *overrides])[group]
+        return build(OmegaConf.to_container(node, resolve=True), group)  # type: ignore[arg-type]
 
 
 def schedules(chosen: Namespace) -> None:
@@ -87,11 +106,16 @@ def forward(chosen: Namespace) -> None:
     from diffusion.images import from_uint8
     from diffusion.visualise import forward_strip
 
+    if chosen.size < 1:
+        raise AntherError(f"--size {chosen.size} counts pixels: 1 or more.")
     pixels = []
     for path in chosen.images:
         try:
             pixels.append(torch.from_numpy(decode_square(path, chosen.size, 3)))
-        except OSError as error:
+        except MemoryError:
+            raise
+        # What Pillow raises for damaged files depends on the format.
+        except Exception as error:
             raise AntherError(f"{path} cannot be read as an image ({error}): give image files.") from error
     schedule = make_schedule(chosen.schedule, chosen.T)
     _write(forward_strip(from_uint8(torch.stack(pixels)), schedule, chosen.t, chosen.seed).picture(), chosen, "forward")
@@ -107,18 +131,18 @@ def denoise(chosen: Namespace) -> None:
 
 def reverse(chosen: Namespace) -> None:
     """The way from noise to image."""
+    from diffusion.build import rebuild
     from diffusion.visualise import reverse_strip
 
     model = _model(chosen)
     prompts = chosen.prompts
     seeds = [chosen.seed + k for k in range(len(prompts) if prompts else chosen.n)]
-    if chosen.sampler is None:
-        sampler = model.sampler
+    if chosen.sampler is not None:
+        sampler = make_sampler(chosen.sampler, chosen.steps)
+    elif chosen.steps is not None:
+        sampler = rebuild({**model.config["module"]["sampler"], "steps": chosen.steps}, "sampler")
     else:
-        from diffusion.samplers import DDIM, DDPM
-
-        steps = chosen.steps
-        sampler = DDPM(steps, clip=True) if chosen.sampler == "ddpm" else DDIM(steps or 50, clip=True)
+        sampler = model.sampler
     strip = reverse_strip(model, prompts, seeds, chosen.weight, sampler, chosen.frames)
     _write(strip.picture(), chosen, "reverse")
 
@@ -214,8 +238,9 @@ def parser() -> argparse.ArgumentParser:
     of_model(one, images=False)
     one.add_argument("--prompts", nargs="+", help="one image each, for a model with a condition")
     one.add_argument("--weight", type=float, help="guidance weight w; the model's own if left out")
-    one.add_argument("--sampler", choices=["ddpm", "ddim"], help="the model's own if left out")
-    one.add_argument("--steps", type=int, help="of that sampler: all of the schedule for ddpm, 50 for ddim")
+    words = f"as in sampler=NAME ({' '.join(_known('sampler'))}); the model's own if left out"
+    one.add_argument("--sampler", help=words)
+    one.add_argument("--steps", type=int, help="of the sampler; its own number if left out")
     one.add_argument("--frames", type=int, default=9, help="columns (9)")
     one = command(attention)
     of_model(one, images=True)

@@ -41,7 +41,9 @@ def train(config: dict[str, Any], folder: Path) -> float:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     check_seed(config["seed"])
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
-    resume = _resume_from(folder, config)
+    resume, began = _resume_from(folder, config)
+    # Every checkpoint of a run holds what the run began from, whatever the command said that went on with it.
+    config = {**config, "ckpt": began}
     datamodule = build(config["data"], "data")
     module = build(config["module"], "module")
     module.config = config
@@ -81,13 +83,31 @@ def _parts(config: Mapping[str, Any], group: str) -> list[Any]:
     return [build(node, f"{group}.{name}") for name, node in nodes if node and "_target_" in node]
 
 
-def _resume_from(folder: Path, config: Mapping[str, Any]) -> Path | None:
-    """The run's own last checkpoint, else the one that `ckpt` names, else None."""
-    last = folder / "checkpoints" / "last.ckpt"
-    path = last if last.exists() else Path(config["ckpt"]) if config["ckpt"] else None
-    if path is not None:
-        checkpoint.check_fits(checkpoint.read(path), config, path)
-    return path
+def _resume_from(folder: Path, config: Mapping[str, Any]) -> tuple[Path | None, str | None]:
+    """The run's own last checkpoint, else the one that `ckpt` names, else None; and which one the run began from.
+
+    Raises:
+        AntherError: the checkpoint is of another model, or `ckpt` is not what the folder's run began from.
+    """
+    last = folder / "checkpoints" / checkpoint.LAST
+    asked = Path(config["ckpt"]) if config["ckpt"] else None
+    path = last if last.exists() else asked
+    if path is None:
+        return None, None
+    content = checkpoint.read(path)
+    began = content["config"].get("ckpt") if path == last else str(path.absolute())
+    if asked is not None and path == last and not any(_same(asked, own) for own in (began, last) if own):
+        raise AntherError(
+            f"{folder} holds a run that began from {began or 'nothing'} and goes on from its own {last.name}, not from "
+            f"ckpt={asked}: leave ckpt out to go on with it, or choose another hydra.run.dir."
+        )
+    checkpoint.check_fits(content, config, path)
+    return path, began
+
+
+def _same(one: Path, other: Path | str) -> bool:
+    """Whether two paths name one file; neither need exist any more."""
+    return one.absolute() == Path(other).absolute() or one.resolve() == Path(other).resolve()
 
 
 def _same_data(

@@ -1,6 +1,6 @@
 """Images that a data set might do without: what is wrong with them, as a list for a person to read."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ SEEN_BY_CLEANVISION = {"odd_aspect": "odd_aspect_ratio"} | {
 }
 # A twin in one of these stays rather than one further on.
 PRECEDENCE = ("test", "val", "train")
+# What conf/analyze.yaml puts on the list.
+LISTED = ("unreadable", "non_finite", "too_small", "odd_aspect", "grayscale", "exact_duplicate", "near_duplicate")
 SIDE = 32
 
 
@@ -66,20 +68,24 @@ class _Originals:
         return (self.table.original(self.rows[k]),)
 
 
-def find(table: ImageTable, measured: Measured, side: int, limits: Limits) -> list[Exclusion]:
+def find(
+    table: ImageTable, measured: Measured, side: int, limits: Limits, reasons: Collection[str] = LISTED
+) -> list[Exclusion]:
     """Every finding; an image may have several.
 
-    Twins: the one in "test" stays, else the one in "val", since a training image that is also a test image spoils the
-    test; then one without another finding, the larger one, and the first by name. Files that were decoded are looked
-    at as they are, not as the table has them. Dark, light, blurry, of low information and of odd size or aspect is
-    what cleanvision says is; exact duplicates are by its checksum of the pixels. Near duplicates are pairs whose
-    perceptual hashes (imagehash's pHash) are close, and whose pixels are, which hashes of simple pictures do not say.
+    Twins: one that goes anyway, for another of `reasons`, goes first, wherever it is; else both would go. Of the others
+    the one in "test" stays, else the one in "val", since a training image that is also a test image spoils the test;
+    then the larger one, and the first by name. Files that were decoded are looked at as they are, not as the table has
+    them. Dark, light, blurry, of low information and of odd size or aspect is what cleanvision says is; exact
+    duplicates are by its checksum of the pixels. Near duplicates are pairs whose perceptual hashes (imagehash's pHash)
+    are close, and whose pixels are, which hashes of simple pictures do not say.
 
     Args:
         table: the data set.
         measured: of its images.
         side: that images are decoded to.
         limits: see `Limits`.
+        reasons: for which an image is put on the list.
     """
     frame = measured.frame
     found = [Exclusion(name, "unreadable", "cannot be decoded") for name in table.unreadable]
@@ -101,7 +107,7 @@ def find(table: ImageTable, measured: Measured, side: int, limits: Limits) -> li
     for reason, column in SEEN_BY_CLEANVISION.items():
         scores = issues[f"{column}_score"].map(lambda score: f"score {score:.3f}")
         add(reason, np.flatnonzero(issues[f"is_{column}_issue"]), details.get(reason, scores))
-    order = _by_precedence(frame, {finding.name for finding in found if finding.reason in _SPOILED})
+    order = _by_precedence(frame, {finding.name for finding in found if finding.reason in reasons})
     for kept, gone in _twins(order, ((a, b) for group in same for a in group for b in group)):
         found.append(_twin(frame, "exact_duplicate", "the same pixels", kept, gone))
     alike = {finding.name for finding in found if finding.reason == "exact_duplicate"}
@@ -113,9 +119,6 @@ def find(table: ImageTable, measured: Measured, side: int, limits: Limits) -> li
         value = near[(min(kept, gone), max(kept, gone))]
         found.append(_twin(frame, "near_duplicate", f"differs by {value:.1f} of 255", kept, gone))
     return found
-
-
-_SPOILED = ("non_finite", "too_small", "odd_aspect", "grayscale")
 
 
 def _twin(frame: "pd.DataFrame", reason: str, details: str, kept: int, gone: int) -> Exclusion:
@@ -143,10 +146,10 @@ def _cleanvision(table: ImageTable, frame: "pd.DataFrame", limits: Limits) -> "t
     ]
 
 
-def _by_precedence(frame: "pd.DataFrame", spoiled: set[str]) -> Array:
+def _by_precedence(frame: "pd.DataFrame", listed: set[str]) -> Array:
     """Positions in the frame, those that rather stay first."""
     keys = [
-        (name in spoiled, PRECEDENCE.index(split) if split in PRECEDENCE else len(PRECEDENCE), -width * height, name)
+        (name in listed, PRECEDENCE.index(split) if split in PRECEDENCE else len(PRECEDENCE), -width * height, name)
         for name, split, width, height in zip(
             frame["name"], frame["split"], frame["width"], frame["height"], strict=True
         )

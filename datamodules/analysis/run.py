@@ -40,7 +40,7 @@ def analyze(config: Mapping[str, Any], folder: Path) -> None:
     measured = measure.measure_all(table, datamodule.splits)
     found = [
         finding
-        for finding in cleansing.find(table, measured, table.images.shape[-1], limits)
+        for finding in cleansing.find(table, measured, table.images.shape[-1], limits, config["reasons"])
         if finding.name not in datamodule.excluded
     ]
     listed = [*datamodule.exclusions, *(finding for finding in found if finding.reason in config["reasons"])]

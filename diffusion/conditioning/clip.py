@@ -1,6 +1,7 @@
 """CLIP embeddings as the condition."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -80,10 +81,19 @@ class Clip(Conditioner):
             self._prompts.update(zip(missing, rows, strict=True))
         return torch.stack([self._prompts[prompt] for prompt in prompts]) if prompts else torch.zeros(0, self.dim)
 
+    @property
+    def weights_hash(self) -> str:
+        """sha256 of CLIP's weights file.
+
+        Raises:
+            AntherError: it is missing.
+        """
+        return find_clip(self.model, self.pretrained).weights_hash
+
     def describe(self) -> str:
-        """Model, weights, and which tower is used when."""
+        """Model, weights, of which a path would tell about this machine, and which tower is used when."""
         return (
-            f"CLIP {self.model} ({self.pretrained}), {self.dim} numbers: "
+            f"CLIP {self.model} ({Path(self.pretrained).name}), {self.dim} numbers: "
             f"{self.training} embeddings in training, text embeddings in sampling"
         )
 

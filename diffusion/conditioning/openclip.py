@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
@@ -211,7 +212,7 @@ def find_clip(model: str, pretrained: str) -> ClipSource:
                 f"{own} holds the CLIP {metadata['name']!r}, not {model!r}; set model={metadata['name']}."
             )
         preprocess = merge_preprocess_dict(preprocess, metadata["preprocess"])
-        return ClipSource(f"{model}/{pretrained}", model, own, config, _plain(preprocess), own=True)
+        return ClipSource(f"{model}/{Path(pretrained).name}", model, own, config, _plain(preprocess), own=True)
     tag = get_pretrained_cfg(model, pretrained)
     path = Path(pretrained).expanduser()
     if tag:
@@ -256,6 +257,8 @@ def resolve_open_clip(model: str, tag: str) -> Path:
             return Path(hit)
     try:
         return _download(repo, names)
+    except AntherError:
+        raise
     except Exception as error:  # The hub's client raises its own errors, its transport's and the system's.
         lines = str(error).strip().splitlines() or [""]
         reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{type(error).__name__}: {lines[0]}"
@@ -272,7 +275,13 @@ def resolve_open_clip(model: str, tag: str) -> Path:
 
 
 def _download(repo: str, names: Sequence[str]) -> Path:
-    """The first of the files that a hub repository has."""
+    """The first of the files that a hub repository has, held against the sha256 that the hub has of it.
+
+    Without Xet the hub's client looks at the size alone.
+
+    Raises:
+        AntherError: the file is another; it is removed from the cache.
+    """
     from huggingface_hub import hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
     from huggingface_hub.file_download import get_hf_file_metadata
@@ -281,10 +290,19 @@ def _download(repo: str, names: Sequence[str]) -> Path:
     for name in names:
         try:
             # One question without retries: hf_hub_download alone would try for half a minute where there is no network.
-            get_hf_file_metadata(hf_hub_url(repo, name), timeout=_TIMEOUT)
-            return Path(hf_hub_download(repo, name))
+            expected = get_hf_file_metadata(hf_hub_url(repo, name), timeout=_TIMEOUT).etag
+            path = Path(hf_hub_download(repo, name))
         except EntryNotFoundError:
             continue
+        # Of small files, which lie in git itself, the hub has another hash.
+        if expected is not None and re.fullmatch("[0-9a-f]{64}", expected) and (found := sha256(path)) != expected:
+            path.resolve().unlink()
+            path.unlink(missing_ok=True)
+            raise AntherError(
+                f"{name} came from the hub ({repo}) with the sha256 {found[:12]} in place of {expected[:12]} and was "
+                "removed: start again to fetch it anew, or give a file: conditioner.pretrained=/path/to/it."
+            )
+        return path
     raise missing
 
 

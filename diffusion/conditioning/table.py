@@ -117,8 +117,9 @@ class EmbeddingTable(Conditioner):
         return torch.stack([self._encode(prompt) for prompt in prompts]) if prompts else torch.zeros(0, self.dim)
 
     def describe(self) -> str:
-        """File and width."""
-        return f"embeddings of {self.path} ({self.dim} numbers); prompts by {'file' if self.prompts else 'typical row'}"
+        """Name of the file, and width."""
+        way = "file" if self.prompts else "typical row"
+        return f"embeddings of {self.path.name} ({self.dim} numbers); prompts by {way}"
 
     def _encode(self, prompt: str) -> Tensor:
         if prompt in self._prompts:

@@ -5,7 +5,6 @@ python -m diffusion.curation.app RUN_FOLDER [--port N]
 
 import argparse
 import hashlib
-import json
 import os
 import socket
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 from diffusion import cli
 from diffusion.curation import database
 from diffusion.curation.dataset import build_dataset
-from diffusion.curation.export import DATASET, load_exported
+from diffusion.curation.export import exported_name, load_exported
 from diffusion.errors import AntherError
 
 
@@ -83,7 +82,7 @@ def dataset_of(folder: Path | str) -> str:
             return str(folder)
         raise AntherError(f"{folder} is neither a folder nor a dataset of the database: give the folder of a run.")
     run = Path(folder).resolve()
-    name = _exported_name(run)
+    name = exported_name(run)
     if name is None:
         name, bring = run.name, build_dataset
     else:
@@ -110,16 +109,6 @@ def has_browser() -> bool:
     except webbrowser.Error:
         return False
     return True
-
-
-def _exported_name(run: Path) -> str | None:
-    path = run / DATASET / "metadata.json"
-    if not path.exists():
-        return None
-    try:
-        return str(json.loads(path.read_text())["name"])
-    except (ValueError, KeyError) as error:
-        raise AntherError(f"{path} is damaged: delete {path.parent} and evaluate again.") from error
 
 
 def _check_port(port: int) -> None:

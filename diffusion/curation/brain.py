@@ -75,7 +75,7 @@ def uniqueness(embeddings: Matrix) -> Array:
     return scores
 
 
-def representativeness(embeddings: Matrix) -> Array | None:
+def representativeness(embeddings: Matrix, every: bool = False) -> Array | None:
     """Brain's representativeness (N,) in [0, 1], which is inverted: 1 for the point farthest from its cluster's centre.
 
     r_i = d_i / max_(j in cluster of i) d_j, d_i = ||e_i - c_i||, with the 20 centres of k-means. The closeness
@@ -83,8 +83,9 @@ def representativeness(embeddings: Matrix) -> Array | None:
     `representativeness_closeness` goes in that direction.
 
     Args:
-        embeddings: (N, D). Of more than 500 rows that hold more than 2^22 numbers the centres are those of a seeded
-            choice of at most so many; Brain takes all.
+        embeddings: (N, D).
+        every: the centres are those of all rows, as Brain's; else of a seeded choice, where they are more than 500 and
+            hold more than 2^22 numbers.
 
     Returns:
         NaN where all points of a cluster coincide, such as in a cluster of one. None for N < 20: there are no 20
@@ -95,13 +96,13 @@ def representativeness(embeddings: Matrix) -> Array | None:
     _check(embeddings)
     if len(embeddings) < CLUSTERS:
         return None
-    distances, clusters = _distances_to_centres(embeddings, CLUSTERS)
+    distances, clusters = _distances_to_centres(embeddings, CLUSTERS, every)
     with np.errstate(invalid="ignore"):
         scores: Array = distances / _largest(distances, clusters)
     return scores
 
 
-def representativeness_closeness(embeddings: Matrix) -> Array:
+def representativeness_closeness(embeddings: Matrix, every: bool = False) -> Array:
     """How near a point is to the centre of its cluster, (N,) in [0, 1]: 1 at the centre, 0 for the farthest of it.
 
     1 - d_i / max_(j in cluster of i) d_j, with k = N // 10 clusters of k-means, but at least 1 and at most 20: about
@@ -111,11 +112,12 @@ def representativeness_closeness(embeddings: Matrix) -> Array:
 
     Args:
         embeddings: (N, D), N >= 1.
+        every: see `representativeness`.
     """
     _check(embeddings)
     if len(embeddings) == 0:
         return np.zeros(0)
-    distances, clusters = _distances_to_centres(embeddings, min(max(len(embeddings) // 10, 1), CLUSTERS))
+    distances, clusters = _distances_to_centres(embeddings, min(max(len(embeddings) // 10, 1), CLUSTERS), every)
     # What rounding leaves between a point and the centre of its copies is no distance.
     longest = max(float(np.linalg.norm(embeddings[part], axis=1).max()) for part in parts(len(embeddings), _PART))
     noise = 8 * np.finfo(distances.dtype).eps * longest
@@ -124,14 +126,21 @@ def representativeness_closeness(embeddings: Matrix) -> Array:
     return scores
 
 
-def scores(embeddings: Matrix) -> dict[str, Array]:
+def fits_all(embeddings: Matrix) -> bool:
+    """Whether clusters are fitted to all rows anyway."""
+    n, dim = embeddings.shape
+    return n <= max(FITTED // dim, FITTED_ROWS)
+
+
+def scores(embeddings: Matrix, every: bool = False) -> dict[str, Array]:
     """The scores of this file by their name in the records; those that N is too small for are left out.
 
     Args:
         embeddings: (N, D); a part of them is in memory at a time.
+        every: see `representativeness`; all of them are in memory for it.
     """
-    found = {"uniqueness": uniqueness(embeddings), "representativeness": representativeness(embeddings)}
-    found["representativeness_closeness"] = representativeness_closeness(embeddings)
+    found = {"uniqueness": uniqueness(embeddings), "representativeness": representativeness(embeddings, every)}
+    found["representativeness_closeness"] = representativeness_closeness(embeddings, every)
     return {name: column for name, column in found.items() if column is not None and not np.isnan(column).all()}
 
 
@@ -148,20 +157,21 @@ def _check(embeddings: Matrix) -> None:
             raise AntherError(f"embeddings must be finite, but row {row} is not; make the embeddings anew.")
 
 
-def _distances_to_centres(embeddings: Matrix, k: int) -> tuple[Array, NDArray[np.integer]]:
+def _distances_to_centres(embeddings: Matrix, k: int, every: bool) -> tuple[Array, NDArray[np.integer]]:
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
 
     n, dim = embeddings.shape
+    every = every or fits_all(embeddings)
     most = max(FITTED // dim, FITTED_ROWS)
-    seen = embeddings[:] if n <= most else embeddings[np.sort(np.random.default_rng(SEED).permutation(n)[:most])]
+    seen = embeddings[:] if every else embeddings[np.sort(np.random.default_rng(SEED).permutation(n)[:most])]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than clusters
         clusterer = KMeans(n_clusters=k, random_state=SEED).fit(seen)
     distances, clusters = [], []
     for part in parts(n, _PART):
         rows = embeddings[part]
-        of_each = clusterer.labels_[part] if n <= most else clusterer.predict(rows)
+        of_each = clusterer.labels_[part] if every else clusterer.predict(rows)
         distances.append(np.linalg.norm(rows - clusterer.cluster_centers_[of_each], axis=1))
         clusters.append(of_each)
     return np.concatenate(distances), np.concatenate(clusters)

@@ -21,6 +21,9 @@ PREVIEW = "preview.png"
 PREVIEW_IMAGES = 12
 PREVIEW_COLUMNS = 4
 PROMPTS_SHOWN = 40
+PROMPTS_FILE = "prompts.yaml"
+LONGEST_WORD = 2**17 - 1  # bytes of one word of a command, on Linux
+SAMPLERS = Path(__file__).parents[2] / "conf" / "sampler"
 
 # As the seeds' guide prints it; the FiftyOneDataset export lies at `test/` in the repository.
 SEEDS_HEADER = """\
@@ -54,6 +57,7 @@ def card(folder: Path | str, repo_id: str, title: str, licence: str) -> str:
     frame, (run, results) = records.read(folder), read_metrics(folder)
     run, metrics = public(run), {key: result.record() for key, result in results.items()}
     prompts = [prompt for prompt in frame["prompt"].tolist() if prompt] if "prompt" in frame else []
+    overrides = list(_overrides(run, len(frame)))
     sections = (
         f"---\n{_header(len(frame), bool(prompts), title, licence)}---",
         f"# {text(title)}",
@@ -63,7 +67,8 @@ def card(folder: Path | str, repo_id: str, title: str, licence: str) -> str:
         "\n".join(_table(("metric", "value", "better", "verdict", "note"), _metric_rows(metrics))),
         "The number of images is part of a metric's name: values of different numbers of images are not comparable.",
         "## How it was made",
-        f"```bash\n{_command(run, len(frame))}\n```",
+        f"```bash\n{' '.join(['python', 'evaluate.py', *map(_shell, overrides)])}\n```",
+        *_beside_the_command(run, overrides),
         "\n".join(_table(("", ""), _run_rows(run, frame))),
         *_prompts(prompts),
         "## How to load it",
@@ -149,16 +154,96 @@ def _metric_rows(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[Sequence[
         yield key, _number(metric.get("value")), *words
 
 
-def _command(run: Mapping[str, Any], count: int) -> str:
-    words = [f"ckpt={run.get('checkpoint')}", f"num_images={count}"]
-    words.append(f"reconstruct={run['reconstruct']}" if run.get("reconstruct") else f"seed={run.get('seed')}")
+def _overrides(run: Mapping[str, Any], count: int) -> Iterator[str]:
+    """The settings of evaluate.py that draw the images again, whatever the model's own are."""
+    if run.get("checkpoint"):
+        yield f"ckpt={_value(run['checkpoint'])}"
+    if run.get("prompts"):
+        listed = f"prompts={_value(run['prompts'])}"
+        fits = len(listed.encode()) <= LONGEST_WORD and "\0" not in listed
+        yield listed if fits else f"prompts={PROMPTS_FILE}"
+    yield f"num_images={count}"
+    if run.get("reconstruct"):
+        yield f"reconstruct={_value(run['reconstruct'])}"
+    elif run.get("seed") is not None:
+        yield f"seed={run['seed']}"
     if run.get("guidance_weight") is not None:
-        words.append(f"guidance.weight={run['guidance_weight']}")
-    if run.get("guidance_interval") is not None:
-        words.append("guidance.interval=[{},{}]".format(*run["guidance_interval"]))
-    if run.get("guidance_rescale") is not None:
-        words.append(f"guidance.rescale={run['guidance_rescale']}")
-    return _line(shlex.join(["python", "evaluate.py", *words]))
+        # The record has None for everywhere and for no rescaling, and metrics.json for infinity.
+        interval = run.get("guidance_interval") or [0, None]
+        yield f"guidance.weight={run['guidance_weight']}"
+        yield f"guidance.interval={_value([math.inf if level is None else level for level in interval])}"
+        yield f"guidance.rescale={run.get('guidance_rescale') or 0}"
+    if run.get("sampler"):
+        yield from _sampler(run["sampler"])
+    if run.get("batch_size") is not None:
+        yield f"batch_size={run['batch_size']}"
+    if "embedding" in run and run["embedding"] is None:
+        yield "embedding=null"
+    for key, value in (run.get("embedding") or {}).items():
+        if value != []:
+            yield f"embedding.{key}={_value(value)}"
+    if run.get("precision") not in (None, "32-true"):
+        yield f"trainer.precision={_value(run['precision'])}"
+
+
+def _sampler(record: Mapping[str, Any]) -> Iterator[str]:
+    """A sampler as the option of conf/sampler that has its settings, each named; as a mapping where none has."""
+    import yaml
+
+    options = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in sorted(SAMPLERS.glob("*.yaml"))}
+    fitting = {
+        name: option
+        for name, option in options.items()
+        if option.get("_target_") == record.get("_target_") and option.keys() <= record.keys()
+    }
+    if not fitting:
+        yield f"+sampler={_value(record)}"
+        return
+    name = max(fitting, key=lambda name: len(fitting[name]))
+    yield f"sampler={name}"
+    for key, value in record.items():
+        if key != "_target_":
+            yield f"{'' if key in fitting[name] else '+'}sampler.{key}={_value(value)}"
+
+
+def _value(value: Any) -> str:
+    """A plain value in the words of Hydra's overrides."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_value(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_value, value))}]"
+    if not isinstance(value, str):
+        return "null" if value is None else str(value).lower()
+    if re.fullmatch(r"(?!(?:null|true|false|inf|nan)$)[a-z_][\w./-]*", value, re.ASCII | re.IGNORECASE):
+        return value
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    # OmegaConf, behind Hydra, reads ${ as the beginning of an interpolation.
+    escaped = re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", value)
+    return QuotedString(escaped, Quote.double).with_quotes()
+
+
+def _shell(word: str) -> str:
+    """A word as bash reads it, on one line of the page whatever it holds."""
+    if word.isprintable():
+        return shlex.quote(word)
+    plain = (c if c.isprintable() and c not in "\\'" else "".join(f"\\x{b:02x}" for b in c.encode()) for c in word)
+    return f"$'{''.join(plain)}'"
+
+
+def _beside_the_command(run: Mapping[str, Any], overrides: Sequence[str]) -> Iterator[str]:
+    """What belongs to the command and cannot stand in it."""
+    if run.get("checkpoint") and not str(run["checkpoint"]).endswith(".ckpt"):
+        yield "Weights without a config need `model=` too, the experiment or the config that describes them."
+    if f"prompts={PROMPTS_FILE}" in overrides:
+        yield f"`{PROMPTS_FILE}` stands for a file of the list `prompts` of the protocol, which no command holds."
+    if (digest := run.get("guidance_bad_sha256")) is not None:
+        yield f"Add `guidance.bad=`, the path of the worse model, whose sha256 is {text(digest)}."
+    if run.get("reconstruct"):
+        yield (
+            f"The originals are of the training data, digest {text(run.get('originals_digest'))}; `data.path=` says "
+            "where these lie, if not where they lay in training."
+        )
 
 
 def _run_rows(run: Mapping[str, Any], frame: Any) -> Iterator[Sequence[object]]:

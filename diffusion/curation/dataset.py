@@ -239,7 +239,7 @@ def _score(dataset: Any, embeddings: NDArray[np.floating], left_out: list[str]) 
     import fiftyone.brain as fob
 
     n = len(dataset)
-    closeness = brain.representativeness_closeness(embeddings)  # refuses what is not finite
+    closeness = brain.representativeness_closeness(embeddings, every=True)  # refuses what is not finite
     # Without `embeddings` Brain would use a classifier of CIFAR-10, silently.
     fob.compute_uniqueness(dataset, uniqueness_field="uniqueness", embeddings=EMBEDDING)
     if n >= brain.CLUSTERS:

@@ -1,5 +1,6 @@
 """A run's dataset as files for others: FiftyOne's format, and an image folder for Hugging Face `datasets`."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -43,6 +44,21 @@ def export_fiftyone(name: str, folder: Path | str) -> Path:
             export_dir=str(temporary), dataset_type=fo.types.FiftyOneDataset, export_media=True, progress=False
         )
     return target
+
+
+def exported_name(folder: Path | str) -> str | None:
+    """The name of the dataset that a run's export is of; None where there is no export.
+
+    Raises:
+        AntherError: the export is damaged.
+    """
+    path = Path(folder) / DATASET / "metadata.json"
+    if not path.exists():
+        return None
+    try:
+        return str(json.loads(path.read_text())["name"])
+    except (ValueError, KeyError) as error:
+        raise AntherError(f"{path} is damaged: delete {path.parent} and evaluate again.") from error
 
 
 def load_exported(folder: Path | str, name: str) -> str:

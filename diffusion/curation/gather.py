@@ -1,6 +1,8 @@
 """Several runs, such as those of a sweep, as one FiftyOne dataset.
 
 python -m diffusion.curation.gather FOLDER... --name NAME
+
+A FOLDER is that of a run, or that of a sweep for all of its runs.
 """
 
 import argparse
@@ -8,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion import cli
+from diffusion.curation import records
 from diffusion.curation.dataset import assemble, read_run, run_names
 from diffusion.errors import AntherError
+from diffusion.evaluation.results import run_folders
 
 
 def gather(folders: Sequence[Path | str], name: str) -> str:
@@ -36,13 +40,48 @@ def gather(folders: Sequence[Path | str], name: str) -> str:
     return name
 
 
+def find_runs(paths: Sequence[Path | str]) -> list[Path]:
+    """The folders of the runs that are meant by paths, in their order.
+
+    A folder with records is that of a run. One without stands for the runs below it, in the order of their numbers;
+    those that have no records, such as a job of a sweep that failed, are named and left out. Files are passed over: a
+    sweep has some beside its runs, so that `runs/sweep/*` names them too.
+
+    Raises:
+        AntherError: a path is neither, or all are files.
+    """
+    found: list[Path] = []
+    folders = [path for path in map(Path, paths) if not path.is_file()]
+    for folder in folders:
+        below = [folder] if _has_records(folder) else list(run_folders(folder))
+        runs = [run for run in below if _has_records(run)]
+        if not runs:
+            raise AntherError(
+                f"{folder} is no folder of a run of evaluate.py, which has a {records.FILE}, and holds none: leave it "
+                "out, or give the folders of runs or that of their sweep."
+            )
+        for run in below:
+            if run not in runs and run != folder:
+                print(f"left out: {run} has no {records.FILE}.")
+        found += runs
+    if not folders:
+        raise AntherError("gather was given files alone: give the folders of runs, or that of their sweep.")
+    return found
+
+
+def _has_records(folder: Path) -> bool:
+    return (folder / records.FILE).is_file()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m diffusion.curation.gather", description=gather.__doc__)
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of a run of evaluate.py")
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="of a run of evaluate.py, or of a sweep of such runs"
+    )
     parser.add_argument("--name", required=True, help="of the dataset; one of that name is replaced")
     options = parser.parse_args(arguments)
-    name = gather(options.folders, options.name)
+    name = gather(find_runs(options.folders), options.name)
     print(f"dataset {name!r} is made; look at it: python -m diffusion.curation.app {name!r}")
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from diffusion.errors import AntherError
 from diffusion.evaluation.classifier import load_classifier
@@ -42,7 +41,7 @@ class ClassifierScore:
     """
 
     def __init__(
-        self, weights: str, threshold: float | None, reals: Tensor, split: str, digest: str, device: str
+        self, weights: str, threshold: float | None, reals: Images, split: str, digest: str, device: str
     ) -> None:
         self.classifier = load_classifier(weights)
         self.network = self.classifier.network.to(device)
@@ -55,7 +54,7 @@ class ClassifierScore:
             )
         self.threshold = float(chosen)
         self.check(reals)
-        self._reals = infer(self.network, from_uint8(reals))[1].double().numpy()
+        self._reals = infer(self.network, from_uint8(reals[:]))[1].double().numpy()
         self.identity: dict[str, Any] = {
             "classifier": self.classifier.name,
             "weights_sha256": self.classifier.sha256,

@@ -281,7 +281,7 @@ def distribution_metrics(
             + "; compute them with the same extractor from reals of the same size."
         )
     few = f"{min(n, m)} images, fewer than the protocol's {minimum}, allowed by name" if min(n, m) < minimum else ""
-    shared = {**expected, "N": n, "N_real": m, "split": reference.split, "data_digest": reference.digest}
+    shared = {**reference.record, "N": n}
     results: dict[str, Result] = {}
 
     def add(name: str, value: float | None, better: Better, protocol: Mapping[str, Any], note: str = "") -> None:

@@ -2,8 +2,6 @@
 
 import math
 
-from torch import Tensor
-
 from diffusion.evaluation.rows import parts
 from diffusion.images import Images
 
@@ -11,7 +9,7 @@ _PART = 256  # images in float64 at a time
 _WINDOW = 11  # pixels, of SSIM
 
 
-def fidelity(images: Images, originals: Tensor) -> dict[str, list[float]]:
+def fidelity(images: Images, originals: Images) -> dict[str, list[float]]:
     """Peak signal-to-noise ratio and structural similarity of each image with its original, by torchmetrics.
 
     psnr = 10 log10(255^2 / mean squared error) in dB, infinite for equal images; ssim in [-1, 1], over the places where

@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -65,6 +65,7 @@ class Plan:
         bad_sha256: of the file of the model that guidance leads away from; None without one.
         originals: real images that an autoencoder gives back, image k for image k, in the place of draws; seeds mean
             nothing then.
+        precision: Lightning's word for the arithmetic that draws.
 
     Raises:
         AntherError: fewer than one image, a batch of none, no prompt, or no seed.
@@ -84,6 +85,7 @@ class Plan:
     guidance: Guidance = field(default_factory=Guidance)
     bad_sha256: str | None = None
     originals: Reals | None = None
+    precision: str = "32-true"
 
     def __post_init__(self) -> None:
         for name, count in (("num_images", self.num_images), ("batch_size", self.batch_size)):
@@ -228,6 +230,20 @@ def assemble(plan: Plan, folder: Path) -> "pd.DataFrame":
         records.write(folder, _records(plan))
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     return records.read(folder)
+
+
+def file_scores(plan: Plan, folder: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Writes the records anew with these columns: those of an earlier scoring by other metrics are gone.
+
+    Args:
+        plan: of the images.
+        folder: of the run.
+        columns: by name, one value per image in the order of the ids.
+
+    Raises:
+        AntherError: the folder cannot be written.
+    """
+    records.write(folder, _records(plan).assign(**{name: list(values) for name, values in columns.items()}))
 
 
 def claim(folder: Path, protocol: Mapping[str, Any]) -> None:

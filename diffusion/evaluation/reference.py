@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from diffusion.assets import cache_dir
 from diffusion.errors import AntherError
 from diffusion.evaluation.inception import Extractor
 from diffusion.evaluation.nearest import radii
+from diffusion.evaluation.reals import identity_of
 from diffusion.evaluation.rows import Matrix, parts
 from diffusion.files import atomic, sha256
+from diffusion.images import Images
 
 Array = np.ndarray
 log = logging.getLogger(__name__)
@@ -55,8 +56,19 @@ class Reference:
     def __len__(self) -> int:
         return len(self.features)
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """Which real images, and how they were looked at: plain values for a protocol."""
+        return {
+            **self.protocol,
+            "split": self.split,
+            "data_digest": self.digest,
+            "N_real": len(self),
+            "reals": identity_of(self.digest, self.names),
+        }
 
-def reference(pixels: Tensor, names: Sequence[str], digest: str, split: str, extractor: Extractor) -> Reference:
+
+def reference(pixels: Images, names: Sequence[str], digest: str, split: str, extractor: Extractor) -> Reference:
     """The statistics of real images: from the cache, or computed with a progress bar and stored there.
 
     The cache is keyed by the images themselves and by everything done to them, so no change of data, split, size,
@@ -64,7 +76,7 @@ def reference(pixels: Tensor, names: Sequence[str], digest: str, split: str, ext
     does not grow with the number of images.
 
     Args:
-        pixels: uint8 (N, C, H, W), at the size of the generated images, not augmented.
+        pixels: uint8 (N, C, H, W), read by parts, at the size of the generated images, not augmented.
         names: one per image.
         digest: of the data set.
         split: its name.
@@ -77,7 +89,7 @@ def reference(pixels: Tensor, names: Sequence[str], digest: str, split: str, ext
         raise ValueError(f"{len(names)} names for {len(pixels)} images")
     if len(pixels) < 2:
         raise AntherError(f"the split {split!r} has {len(pixels)} images, which have no covariance; choose another.")
-    extractor.check(pixels)
+    extractor.check(pixels[:_CHUNK])
     protocol = {**extractor.protocol, "image_shape": list(pixels.shape[1:])}
     folder = cache_dir() / "references" / _key(pixels, names, digest, split, protocol)
     stored = _load(folder, len(pixels), extractor.dim)
@@ -91,7 +103,7 @@ def reference(pixels: Tensor, names: Sequence[str], digest: str, split: str, ext
     return Reference(*stored, tuple(names), digest, split, protocol)
 
 
-def _key(pixels: Tensor, names: Sequence[str], digest: str, split: str, protocol: Mapping[str, Any]) -> str:
+def _key(pixels: Images, names: Sequence[str], digest: str, split: str, protocol: Mapping[str, Any]) -> str:
     identity = {"version": _VERSION, "digest": digest, "split": split, "names": list(names), **protocol}
     content = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for start in range(0, len(pixels), _CHUNK):
@@ -99,7 +111,7 @@ def _key(pixels: Tensor, names: Sequence[str], digest: str, split: str, protocol
     return content.hexdigest()
 
 
-def _compute(folder: Path, pixels: Tensor, label: str, extractor: Extractor) -> None:
+def _compute(folder: Path, pixels: Images, label: str, extractor: Extractor) -> None:
     n, dim = len(pixels), extractor.dim
     with atomic(folder / "features.npy") as temporary, temporary.open("wb") as file:
         # A writable memory map would kill the process on a full disk.

@@ -282,6 +282,7 @@ PLOTS: Mapping[str, str] = {
     "best": "The best images",
     "worst": "The worst images",
     "nearest": "Generated images above their nearest training images",
+    "reconstructions": "Real images above what the autoencoder gave back",
     "classes": "Digits by the classifier",
     "accepted": "Digits that the classifier accepts",
     "declined": "Digits that the classifier declines",

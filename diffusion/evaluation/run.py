@@ -13,11 +13,11 @@ from typing import Any
 from diffusion.build import build, closest, construct
 from diffusion.checkpoint import load_guidance
 from diffusion.curation import publish
-from diffusion.curation.export import DATASET, IMAGEFOLDER, export_fiftyone, export_imagefolder
+from diffusion.curation.export import DATASET, IMAGEFOLDER, export_fiftyone, export_imagefolder, exported_name
 from diffusion.errors import AntherError
 from diffusion.evaluation.embeddings import Embedding
 from diffusion.evaluation.fidelity import fidelity
-from diffusion.evaluation.generate import Made, Plan, assemble, check, claim, generate
+from diffusion.evaluation.generate import Made, Plan, assemble, check, claim, file_scores, generate
 from diffusion.evaluation.metric import Result
 from diffusion.evaluation.prompts import labels_of, read_prompts
 from diffusion.evaluation.reals import Reals, read_reals
@@ -67,14 +67,15 @@ def evaluate(config: Mapping[str, Any], folder: Path) -> float | None:
     fabric.barrier()
     if scorers is None:
         return None
-    results = _score(scorers, subject, plan, made, folder)
+    results = _score(scorers, subject, plan, made, folder, every=config["dataset"] is not None)
     if not (folder / "report.html").exists():
         _report(config, scorers, plan, folder)
     print_metrics(results)
     _track(config, folder)
     if config["dataset"] is not None:
-        if not (folder / DATASET).exists():
-            _curate(config["dataset"]["name"] or _dataset_name(folder), folder)
+        name = config["dataset"]["name"]
+        if exported_name(folder) is None or name not in (None, exported_name(folder)):
+            _curate(name or _dataset_name(folder), folder)
         write_report(folder, app_command(folder))
     _publish(config, folder)
     _farewell(config, folder)
@@ -121,6 +122,7 @@ def make_plan(config: Mapping[str, Any], subject: Subject, datamodule: Any) -> P
         guidance=load_guidance(config["guidance"], model),
         bad_sha256=None if bad is None else sha256(bad),
         originals=None if split is None else read_reals(datamodule, split).spread(config["num_images"]),
+        precision=str(config["trainer"]["precision"]),
     )
 
 
@@ -145,13 +147,14 @@ def protocol(plan: Plan) -> dict[str, Any]:
         "steps": plan.steps,
         "batch_size": plan.batch_size,
         "embedding": None if plan.embedding is None else asdict(plan.embedding),
-        # Not there for draws: folders that were made before there was any choice go on.
+        # Not there where nothing else was chosen: folders that were made before there was any choice go on.
+        **({} if plan.precision == "32-true" else {"precision": plan.precision}),
         **({} if plan.originals is None else _reconstructed(plan.originals)),
     }
 
 
 def _reconstructed(originals: Reals) -> dict[str, Any]:
-    return {"reconstruct": originals.split, "originals_digest": originals.digest, "seed": None}
+    return {"reconstruct": originals.split, "originals_digest": originals.identity, "seed": None}
 
 
 def _check_installed(config: Mapping[str, Any]) -> None:
@@ -194,7 +197,6 @@ def _facts(subject: Subject, plan: Plan, made: Made, scorers: Scorers) -> dict[s
         "conditioner": "none" if conditioner is None else conditioner.describe(),
         "data": _data_name(subject),
         "data_digest": scorers.data_digest,
-        "scored_with": scorers.identity,
         "versions": installed,
         # Part of the images may have been there already; then nobody knows how long all of them took.
         "seconds": made.seconds if made.images == plan.num_images else None,
@@ -209,20 +211,35 @@ def _data_name(subject: Subject) -> str | None:
     return name
 
 
-def _score(scorers: Scorers, subject: Subject, plan: Plan, made: Made, folder: Path) -> Mapping[str, Result]:
+def _score(
+    scorers: Scorers, subject: Subject, plan: Plan, made: Made, folder: Path, *, every: bool
+) -> Mapping[str, Result]:
     """The metrics of the folder's images, computed now or found as they were left.
 
     What later stages made of other metrics is removed, so that they begin anew although a kill may come in between.
+
+    Args:
+        scorers: the metrics.
+        subject: who drew the images.
+        plan: of the images.
+        made: what was drawn by this process.
+        folder: of the run.
+        every: clusters are fitted to all embeddings however many there are, as FiftyOne will do; else to a choice of
+            very many, which bounds memory.
     """
-    from diffusion.curation import brain, records
+    from diffusion.curation import brain
     from diffusion.evaluation import embeddings
 
     frame = assemble(plan, folder)
+    rows = None if plan.embedding is None else embeddings.open_rows(folder)
+    identity = scorers.identity
+    if rows is not None and not every and not brain.fits_all(rows):
+        identity["representativeness"] = "clusters of a choice of the embeddings"
     before = read_metrics(folder) if (folder / "metrics.json").exists() else None
-    if made.images == 0 and before is not None and before[0].get("scored_with") == scorers.identity:
+    if made.images == 0 and before is not None and before[0].get("scored_with") == identity:
         print(f"{folder} is scored already; to score anew delete {folder / 'metrics.json'}.")
         return before[1]
-    run = _facts(subject, plan, made, scorers)
+    run = {**_facts(subject, plan, made, scorers), "scored_with": identity}
     if before is not None and run["seconds"] is None:
         run["seconds"] = before[0].get("seconds")
     images = PngFiles([folder / name for name in frame["file"]])
@@ -231,9 +248,9 @@ def _score(scorers: Scorers, subject: Subject, plan: Plan, made: Made, folder: P
     scores = scorers.score(images, prompts, labels, protocol(plan), folder)
     if plan.originals is not None:
         scores.add(fidelity(images, plan.originals.pixels), {"psnr": "higher", "ssim": "higher"}, protocol(plan))
-    if plan.embedding is not None:
-        scores.add(brain.scores(embeddings.open_rows(folder)), {}, protocol(plan))
-    records.with_columns(folder, scores.columns)
+    if rows is not None:
+        scores.add(brain.scores(rows, every), {}, protocol(plan))
+    file_scores(plan, folder, scores.columns)
     (folder / "report.html").unlink(missing_ok=True)
     shutil.rmtree(folder / DATASET, ignore_errors=True)
     write_metrics(folder, run, scores.results)

@@ -33,22 +33,26 @@ class Setting:
     """What two evaluations must share for their numbers to be comparable.
 
     Attributes:
-        digest: of the data that the reals are from.
-        split: of the reals.
+        reals: which real images: of which data, by content, and which of them.
         n: generated images.
         n_real: real ones.
         image_shape: (C, H, W) of both.
         weights: hash of the Inception's.
-        reconstructed: split whose images the models gave back; None where they drew.
+        originals: which images the models gave back; None where they drew.
+        digest: of the data that the reals are from; it follows from them.
+        split: what the first run of the group calls the reals: a matter of words.
+        reconstructed: what it calls the originals.
     """
 
-    digest: str
-    split: str
+    reals: str
     n: int
     n_real: int
     image_shape: tuple[int, ...]
     weights: str
-    reconstructed: str | None = None
+    originals: str | None
+    digest: str = field(compare=False)
+    split: str = field(compare=False)
+    reconstructed: str | None = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def collect(folder: Path) -> Board:
             continue
         results = {split_key(key).name: result for key, result in metrics.items()}
         if (setting := _setting(facts, results)) is None:
-            board.left_out.append(f"{run} has no FID, so nobody knows which real images it is to be held against.")
+            board.left_out.append(f"{run} has no FID, or does not say which real images it was held against.")
             continue
         board.names.setdefault(setting.digest, str(facts.get("data") or "data"))
         entry = Entry(str(facts.get("experiment") or "?"), os.path.relpath(run, folder), facts, results)
@@ -135,16 +139,21 @@ def collect(folder: Path) -> Board:
 
 def _setting(facts: Mapping[str, Any], results: Mapping[str, Result]) -> Setting | None:
     fid = results.get("fid")
-    if fid is None or fid.value is None:
+    needed = ("data_digest", "split", "N", "N_real", "image_shape", "weights_sha256")
+    if fid is None or fid.value is None or any(fid.protocol.get(key) is None for key in needed):
         return None
     protocol = fid.protocol
+    digest, split, n_real = protocol["data_digest"], protocol["split"], protocol["N_real"]
     return Setting(
-        digest=str(protocol.get("data_digest")),
-        split=str(protocol.get("split")),
-        n=int(protocol.get("N", facts.get("num_images", 0))),
-        n_real=int(protocol.get("N_real", 0)),
-        image_shape=tuple(protocol.get("image_shape") or facts.get("image_shape") or ()),
-        weights=str(protocol.get("weights_sha256")),
+        # Evaluations of before it was recorded stand together by what they have.
+        reals=protocol.get("reals") or f"{digest} {split} {n_real}",
+        digest=digest,
+        split=split,
+        n=protocol["N"],
+        n_real=n_real,
+        image_shape=tuple(protocol["image_shape"]),
+        weights=protocol["weights_sha256"],
+        originals=facts.get("originals_digest"),
         reconstructed=facts.get("reconstruct"),
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from diffusion.assets import AssetError
+from diffusion.conditioning.clip import Clip
 from diffusion.errors import AntherError
 from diffusion.evaluation.distribution import check_number, distribution_metrics, diversity_metrics
 from diffusion.evaluation.inception import Extractor, Features, load_extractor
@@ -104,12 +105,16 @@ class Scorers:
         self.training: Reals | None = None
         self._extractor: Extractor | None = None
         self._reference: Reference | None = None
+        self._training_features: Array | None = None
         self._left_out = ""
         if self._nearest is not None:
             self._check_nearest()
             self.training = read_reals(datamodule, self._nearest["split"])
         if self._inception is not None:
-            self._prepare_inception(read_reals(datamodule, self._inception["split"]), config["num_images"], device)
+            reals = read_reals(datamodule, self._inception["split"])
+            self._prepare_inception(reals, config["num_images"], device)
+            if self._nearest is not None and self._nearest["space"] == "inception":
+                self._training_features = self._find_training_features(reals)
 
     def _load_classifier(self, node: Mapping[str, Any], datamodule: Any, device: str) -> "ClassifierScore":
         from diffusion.evaluation.classifier_score import ClassifierScore
@@ -141,7 +146,7 @@ class Scorers:
                 ) from error
             self._left_out = str(error)
             return
-        self._reals, self._extractor = reals, extractor
+        self._extractor = extractor
         self._reference = reference(reals.pixels, reals.names, reals.digest, reals.split, extractor)
 
     @property
@@ -149,9 +154,10 @@ class Scorers:
         clip = None if self._clip is None else {"name": self._clip.name, "weights": self._clip.load().weights_hash}
         against = None
         if self._reference is not None:
-            found = self._reference
-            against = {**found.protocol, "split": found.split, "data_digest": found.digest, "N_real": len(found)}
-        nearest = None if self.training is None else {**self._nearest, "data_digest": self.training.digest}
+            against = self._reference.record
+        nearest = None
+        if self.training is not None:
+            nearest = {**self._nearest, "data_digest": self.training.digest, "reals": self.training.identity}
         classifier = None if self._classifier is None else self._classifier.identity
         return {
             "clip": clip,
@@ -234,8 +240,8 @@ class Scorers:
         batches = parts(n, BATCH, "CLIP score")
         cosines = torch.cat([scorer.score(from_uint8(images[part]), prompts[part]) for part in batches]).double()
         conditioner = self._subject.model.conditioner
-        own = (getattr(conditioner, "model", None), getattr(conditioner, "pretrained", None))
-        flattered = own == (scorer.model, scorer.pretrained)
+        # By the weights: one CLIP has several names, and a file of it none.
+        flattered = isinstance(conditioner, Clip) and conditioner.weights_hash == clip.weights_hash
         note = "the scorer also conditions the model, which flatters it" if flattered else None
         protocol = {
             "N": n,
@@ -262,27 +268,29 @@ class Scorers:
             ours, theirs = _as_vectors(images), _as_vectors(training.pixels)
         else:
             assert features is not None
-            ours, theirs = features.pool, self._training_features()
+            assert self._training_features is not None
+            ours, theirs = features.pool, self._training_features
         distance, position = nearest(ours, theirs)
         protocol = {
             "distance": "L2 of pixels in [0, 1]" if space == "pixels" else "L2 of Inception features",
             "split": training.split,
             "N_real": len(training.rows),
             "data_digest": training.digest,
+            "reals": training.identity,
             **run_protocol,
         }
         scores.add({"nearest_distance": distance}, {}, protocol)
         scores.columns["nearest_real"] = [training.names[k] for k in position]
         scores.columns["nearest_row"] = training.rows[position].tolist()
 
-    def _training_features(self) -> Array:
+    def _find_training_features(self, reals: Reals) -> Array:
         """Inception features of the training images: rows of the reference where it has them."""
         assert self.training is not None
         assert self._extractor is not None
         assert self._reference is not None
         training = self.training
-        if np.isin(training.rows, self._reals.rows).all():
-            place = {row: k for k, row in enumerate(self._reals.rows)}
+        if np.isin(training.rows, reals.rows).all():
+            place = {row: k for k, row in enumerate(reals.rows)}
             chosen: Array = self._reference.features[[place[row] for row in training.rows]]
             return chosen
         return reference(training.pixels, training.names, training.digest, training.split, self._extractor).features
@@ -290,4 +298,4 @@ class Scorers:
 
 def _as_vectors(images: Images) -> Matrix:
     """(N, C H W) in [0, 1]."""
-    return Derived(images, lambda part: part.flatten(1).float().div(255).numpy(), math.prod(images.shape[1:]))
+    return Derived(images, lambda part: part[:].flatten(1).float().div(255).numpy(), math.prod(images.shape[1:]))

@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 import struct
 import sys
 import time
@@ -9,11 +10,14 @@ from threading import Thread
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
-from callbacks.checkpoints import LastCheckpoint
-from callbacks.progress import ProgressLines, progress
+from callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from callbacks.clip import GenerationClipScore
+from callbacks.nan_guard import NanGuard, NonFiniteError
+from callbacks.progress import ProgressLines, StepsBar, duration, progress
 from callbacks.record import RunRecord
 from callbacks.samples import SampleGrid
 from callbacks.throughput import Throughput
@@ -97,6 +101,47 @@ def test_lines_are_legible_in_a_file(tmp_path, capsys):
     assert not any(c in "".join(lines) for c in "\r\x1b")
 
 
+def test_under_max_steps_the_lines_say_how_far_the_run_is(tmp_path, capsys):
+    t = trainer(tmp_path, ProgressLines(every_seconds=0), max_epochs=-1, max_steps=10, enable_progress_bar=True)
+    t.fit(module(), datamodule=Dots())
+    lines = capsys.readouterr().out.splitlines()
+    # Four batches an epoch; a line per batch and one at each epoch's end.
+    assert lines[5].startswith("step 5/10  epoch 2  batch 1/4  train/loss ")
+    assert lines[9].startswith("step 8/10  epoch 2  train/loss ")
+    assert lines[-1].startswith("step 10/10  epoch 3  train/loss ")
+    assert all(line.endswith(" left") == (not line.startswith("step 10/")) for line in lines), lines
+    assert lines[5].rsplit("  ", 1)[1].startswith("about ")
+
+
+def test_about_how_long_the_rest_takes_is_told(tmp_path, capsys, monkeypatch):
+    t = trainer(tmp_path, ProgressLines(every_seconds=0), max_epochs=4, enable_progress_bar=True)
+    clock = iter(range(0, 10**6, 30))  # a look a second would say nothing in so short a training
+    monkeypatch.setattr("callbacks.progress.time.monotonic", lambda: next(clock))
+    t.fit(module(), datamodule=Dots())
+    lines = capsys.readouterr().out.splitlines()
+    # Two looks a batch: after one of 16 batches a minute is over.
+    assert lines[0].startswith("epoch 1/4  batch 1/4  ")
+    assert lines[0].endswith("about 15 min left")
+    assert [duration(s) for s in (0.1, 59, 60, 5000, 9000)] == ["1 s", "59 s", "1 min", "83 min", "2.5 h"]
+
+
+def test_the_bar_has_no_negative_epochs(tmp_path):
+    bar = StepsBar()
+    trainer(tmp_path, bar, max_epochs=-1, max_steps=5, enable_progress_bar=True).fit(module(), datamodule=Dots())
+    assert bar._get_train_description(1) == "Epoch 1, from step 5/5"
+    bar._trainer = trainer(tmp_path, max_epochs=3)
+    assert bar._get_train_description(1).strip() == "Epoch 1/2"
+
+
+def test_the_remedy_for_a_loss_that_is_no_number_composes():
+    with pytest.raises(NonFiniteError) as stopped:
+        NanGuard._require(trainer(Path()), False, "loss")
+    (override,) = re.findall(r"lower ([\w.]+)", str(stopped.value))
+    with initialize_config_dir(str(Path(__file__).parents[2] / "conf"), version_base="1.3"):
+        config = compose("train", overrides=[f"{override}=0.125"])
+        assert config.module.optimizer.lr == 0.125
+
+
 def whole(path):
     """The records of a W&B run file, as soon as its writer, which is a process of its own, is done with it."""
     for _ in range(100):
@@ -125,6 +170,31 @@ def records(path):
             record.ParseFromString(b"".join(parts))
             parts = []
             yield record
+
+
+def offline(folder):
+    """The record of the offline run: config, summary, values by name, files of its artifacts, and the run itself."""
+    (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+    config, summary, by_name, artifacts, run = {}, {}, {}, [], None
+    for record in whole(file):
+        match record.WhichOneof("record_type"):
+            case "run":
+                run = record.run
+                config |= items(record.run.config.update)
+            case "config":
+                config |= items(record.config.update)
+            case "summary":
+                summary |= items(record.summary.update)
+            case "history":
+                for name, value in items(record.history.item).items():
+                    by_name.setdefault(name, []).append(value)
+            case "artifact":
+                artifacts.append(record.artifact)
+    return file.parent / "files", config, summary, by_name, artifacts, run
+
+
+def paths(artifacts):
+    return {entry.path: Path(entry.local_path) for artifact in artifacts for entry in artifact.manifest.contents}
 
 
 def items(updates):
@@ -164,37 +234,31 @@ def test_what_wandb_holds(no_account, monkeypatch, tmp_path, capsys):
     m = module(scheduler=nervous_plateau)
     m.config = {"schedule": {"T": 10}, "seed": 3}
     grid = SampleGrid(tmp_path / "samples", ["a daisy", "roses"], [0.0, 2.0], every_n_epochs=2, gif="never")
-    t = trainer(tmp_path, grid, RunRecord(), Throughput(), logger=[CSVLog(tmp_path / "m.csv"), log])
+    prompts = ["a red rose", "two white daisies"]
+    clip = GenerationClipScore(prompts, [0.0, 2.0], "anther-flowers-32", "embedded", every_n_epochs=2)
+    parts = [grid, clip, TimestepLoss(tmp_path / "plots"), RunRecord(), Throughput()]
+    t = trainer(tmp_path, *parts, logger=[CSVLog(tmp_path / "m.csv"), log])
     t.fit(m, datamodule=Dots())
     finish(t.loggers)
 
-    (file,) = (tmp_path / "logs" / "wandb").glob("offline-run-*/*.wandb")
-    config, summary, history, artifact, run = {}, {}, [], {}, None
-    for record in whole(file):
-        match record.WhichOneof("record_type"):
-            case "run":
-                run = record.run
-                config |= items(record.run.config.update)
-            case "config":
-                config |= items(record.config.update)
-            case "summary":
-                summary |= items(record.summary.update)
-            case "history":
-                history.append(items(record.history.item))
-            case "artifact":
-                artifact |= {entry.path: Path(entry.local_path) for entry in record.artifact.manifest.contents}
+    folder, config, summary, by_name, artifacts, run = offline(tmp_path / "logs")
+    artifact = paths(artifacts)
     assert run.project == "anther-test"
     assert run.run_id == (tmp_path / "logs" / "wandb_id").read_text()
     assert config["schedule"] == {"T": 10}
     assert config["number_of_parameters"] == sum(p.numel() for p in m.parameters())
-    by_name = {}
-    for row in history:
-        for name, value in row.items():
-            by_name.setdefault(name, []).append(value)
+    assert config["num_samples"] == 16  # two thirds of 24
     table = rows(tmp_path / "m.csv")
-    for name in ("val/loss", "train/loss_epoch", "lr", "epoch_seconds", "images_per_second", "parameters"):
-        assert by_name[name] == pytest.approx(list(column(table, name).values()), rel=1e-6)
-    folder = file.parent / "files"
+    names = ["val/loss", "train/loss_step", "train/loss_epoch", "lr", "epoch_seconds", "images_per_second"]
+    names += ["parameters", "val/clip_score", "val/clip_score_w2"]
+    names += [name for name in table[0] if name.startswith("val/loss_by_t/")]
+    for name in names:
+        assert by_name[name] == pytest.approx(list(column(table, name).values()), rel=1e-6), name
+    assert len(by_name["train/loss_step"]) == 8
+    assert set(by_name["epoch"]) == {0, 1}
+    assert len(by_name["val/clip_score"]) == 1
+    *_, (curve,) = by_name["val_loss_by_t/filenames"]
+    assert (folder / curve).read_bytes() == (tmp_path / "plots" / "val_loss_by_t.png").read_bytes()
     ((picture,),) = by_name["samples_grid/filenames"]
     assert (folder / picture).read_bytes() == (tmp_path / "samples" / "step-000008.png").read_bytes()
     (held_at,) = by_name["sample_prediction/path"]
@@ -214,6 +278,36 @@ def test_what_wandb_holds(no_account, monkeypatch, tmp_path, capsys):
     assert (summary["total_epochs"], summary["total_batches"]) == (2, 8)
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("log_model", [False, True, "all"])
+def test_the_best_checkpoints_are_artifacts_of_an_offline_run(no_account, tmp_path, log_model):
+    def best(folder):
+        measures = {"val": "val/loss", "train": "train/loss_epoch"}
+        return [BestCheckpoint(dirpath=folder, filename=n, monitor=m) for n, m in measures.items()]
+
+    def fit(folder, logger, epochs, ckpt=None):
+        parts = [RunRecord(), LastCheckpoint(tmp_path / "checkpoints"), *best(tmp_path / "checkpoints")]
+        t = trainer(tmp_path, *parts, logger=logger, max_epochs=epochs)
+        t.fit(module(), datamodule=Dots(), ckpt_path=ckpt, weights_only=True)
+        return t.callbacks
+
+    # A process that is killed leaves its best checkpoints to the next, which has none that is better.
+    fit(tmp_path, False, 2)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    log = wandb_logger("anther-test", tmp_path / "logs", log_model=log_model, checkpoint_name="unet_flowers_clip")
+    fit(tmp_path, log, 2, last)
+    finish([log])
+    *_, artifacts, _ = offline(tmp_path / "logs")
+    models = [artifact for artifact in artifacts if artifact.type == "model"]
+    files = [path for artifact in models for path in paths([artifact]).values()]
+    assert {artifact.name for artifact in models} == ({"unet_flowers_clip"} if log_model else set())
+    found = [path for name in ("val", "train") for path in (tmp_path / "checkpoints").glob(f"{name}*.ckpt")]
+    kept = [path.read_bytes() for path in found]
+    assert len(kept) == 2
+    assert sorted(map(Path.read_bytes, files)) == (sorted(kept) if log_model else [])
+    # No copy of those that stay.
+    assert log_model is not True or all(path.parent == tmp_path / "checkpoints" for path in files)
 
 
 def test_a_server_that_does_not_answer_is_told_and_not_waited_for(no_account, monkeypatch, tmp_path, capsys):

@@ -135,3 +135,44 @@ def test_damaged_lists(files):
     partition.write_text("000001.jpg 0\n000099.jpg 1\n")
     with pytest.raises(AntherError, match=r"1 of the 2 images .*such as 000099\.jpg"):
         ready(Path(files))
+    partition.write_text("000001.jpg 0\n000002.jpg 1\n000001.jpg 2\n")
+    with pytest.raises(AntherError, match=r"line 3 of .* names 000001\.jpg a second time"):
+        read_partition(partition)
+
+
+def test_a_partition_that_is_cut_at_the_end_of_a_line(files):
+    partition = files / "list_eval_partition.txt"
+    lines = partition.read_text().splitlines(keepends=True)
+    partition.write_text("".join(lines[:7]))
+    said = (
+        r"list_eval_partition\.txt has no line for 5 of the 12 images in .*, such as 000008\.jpg: get it again "
+        r"\(the authors' has 2,836,386 bytes, this one 91\)"
+    )
+    with pytest.raises(AntherError, match=said):
+        ready(files)
+    # A part of the images on purpose: the list and the folder agree.
+    with zipfile.ZipFile(files / "img_align_celeba.zip") as archive:
+        archive.extractall(files, [f"img_align_celeba/{line.split()[0]}" for line in lines[:7]])
+    (files / "img_align_celeba" / ".000008.jpg").write_bytes(b"")  # hidden files do not count
+    assert {split: len(rows) for split, rows in ready(files).splits.items()} == {"train": 4, "val": 1, "test": 2}
+
+
+def test_an_archive_of_other_images(files):
+    with zipfile.ZipFile(files / "img_align_celeba.zip", "a") as archive:
+        archive.writestr("img_align_celeba/photo.jpg", b"")
+    with pytest.raises(AntherError, match=r"no line for 1 of the 13 images in .*, such as photo\.jpg: "):
+        ready(files)
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_the_whole_of_celeba_has_the_parts_of_the_authors(tmp_path, moved):
+    parts = np.repeat([0, 1, 2], [162_770 - moved, 19_867 + moved, 19_962])
+    path = tmp_path / "list_eval_partition.txt"
+    path.write_text("".join(f"{k:06d}.jpg {part}\n" for k, part in enumerate(parts, 1)))
+    if not moved:
+        assert path.stat().st_size >= 202_599 * 13
+        assert len(read_partition(path)) == 202_599
+        return
+    said = r"is damaged, since its parts have 162,769 / 19,868 / 19,962 images and not 162,770 / 19,867 / 19,962 as"
+    with pytest.raises(AntherError, match=said):
+        read_partition(path)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import Flowers102 as Reference
 
+from datamodules.base import ImageTable
 from datamodules.flowers102 import Flowers102, image_id
 from diffusion.errors import AntherError
 
@@ -138,6 +140,68 @@ def test_some_species(official, by_species):
         assert module.class_names == ("rose", "lotus")
         assert {split: len(rows) for split, rows in module.splits.items()} == {"train": 2, "val": 2, "test": 2}
         assert set(module.table.captions) == {"A photo of a rose", "A photo of a lotus"}
+
+
+def without(archive, names):
+    """The zip again, without some entries."""
+    cut = archive.with_name("cut.zip")
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(cut, "w") as target:
+        for name in source.namelist():
+            if not names(name):
+                target.writestr(name, source.read(name))
+    return cut
+
+
+def test_images_of_the_splits_that_are_not_there(official, by_species, caplog):
+    shutil.copy(official / "setid.mat", by_species.parent)
+    cut = without(by_species, lambda name: name.endswith(("image_00007.jpg", "image_00123.jpg")))
+    said = (
+        r"^2 of the 306 images of .*setid\.mat are not in .*cut\.zip, the first is image_00007\.jpg: get the images "
+        r"again, or split by a seed with data\.split="
+    )
+    with pytest.raises(AntherError, match=said):
+        ready(cut)
+    with pytest.raises(AntherError, match=said):
+        ready(cut, classes=["rose", "lotus"], on_corrupt="skip")
+    assert len(ready(cut, split={"train": 0.5, "val": 0.25, "test": 0.25}).table) == 304
+    # Where not every species is there, what is absent may be of another.
+    few = without(by_species, lambda name: "/Rose/" not in name and "/Lotus" not in name)
+    module = ready(few, classes=["rose", "lotus"])
+    assert {split: len(rows) for split, rows in module.splits.items()} == {"train": 2, "val": 2, "test": 2}
+    assert "300 of the 306 images" in caplog.text
+    # Numbers that the labels do not have.
+    savemat(official / "imagelabels.mat", {"labels": np.tile(np.arange(1, 103, dtype=np.uint8), 2)})
+    with pytest.raises(AntherError, match=r"^102 of the 306 images .*the first is image_00205\.jpg: get"):
+        ready(official)
+
+
+def test_an_image_that_cannot_be_decoded_is_not_absent(official, by_species, caplog):
+    shutil.copy(official / "setid.mat", by_species.parent)
+    with zipfile.ZipFile(by_species) as archive:
+        archive.extractall(by_species.parent / "set")
+    damaged = next((by_species.parent / "set").rglob("image_00007.jpg"))
+    damaged.write_bytes(b"")
+    module = ready(by_species.parent / "set", on_corrupt="skip")
+    assert sum(map(len, module.splits.values())) == 305
+    assert "skipped 1 files" in caplog.text
+    assert "the first is" not in caplog.text
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_all_8189_images_have_the_splits_of_the_authors(tmp_path, swapped):
+    sizes = [6149, 1020, 1020] if swapped else [1020, 1020, 6149]
+    parts = np.split(np.arange(1, 8190), np.cumsum(sizes)[:2])
+    savemat(tmp_path / "setid.mat", dict(zip(("trnid", "valid", "tstid"), parts, strict=True)))
+    names = tuple(f"image_{k:05d}.jpg" for k in range(1, 8190))
+    table = ImageTable(np.zeros((8189, 1, 1, 1), np.uint8), torch.zeros(8189), ("rose",), names, names, "")
+    module = Flowers102(path=str(tmp_path), batch_size=1, seed=0, size=1)
+    module._setid, module._files = tmp_path / "setid.mat", [Path(name) for name in names]
+    if swapped:
+        with pytest.raises(AntherError, match=r"setid\.mat is damaged, since its parts have .*6149.*get it again"):
+            module.make_splits(table)
+    else:
+        splits = module.make_splits(table)
+        assert {name: len(rows) for name, rows in splits.items()} == {"train": 1020, "val": 1020, "test": 6149}
 
 
 def test_faults(official, by_species, tmp_path):

@@ -1,3 +1,4 @@
+import errno
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
 
+from datamodules.base import open_rgb
 from datamodules.folders import Flowers210, FolderImages, decode_square, singular
 from diffusion.assets import ASSETS, cache_dir, resolve
 from diffusion.errors import AntherError
@@ -226,6 +228,46 @@ def test_corrupt_images_are_named_and_refused_or_skipped(flowers, damage, caplog
     assert module.table.original(1).size == (24, 16)
     assert caplog.text.count("skipped 2 files that cannot be decoded") == 1
     assert "daisy/1.jpg" in caplog.text
+
+
+@pytest.mark.parametrize("on_corrupt", ["refuse", "skip"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EACCES])
+def test_what_the_system_refuses_is_no_corrupt_image(flowers, monkeypatch, number, on_corrupt):
+    with monkeypatch.context() as patch:
+        patch.setattr("datamodules.folders.open_rgb", refusing("iris/2.jpg", OSError(number, "whatever")))
+        with pytest.raises(AntherError, match=rf"cannot read .*iris/2\.jpg: {os.strerror(number)}; ") as error:
+            table(flowers, on_corrupt=on_corrupt)
+        assert "on_corrupt" not in str(error.value)
+    assert not list((cache_dir() / "tables").glob("*"))
+    assert len(table(flowers, on_corrupt=on_corrupt)) == 12
+
+
+def test_a_file_that_cannot_be_read_at_all_is_named(flowers):
+    (flowers / "iris" / "4.jpg").symlink_to("/proc/self/mem")  # its first page: a real EIO
+    with pytest.raises(AntherError, match=r"cannot read .*iris/4\.jpg: Input/output error; "):
+        table(flowers, on_corrupt="skip")
+
+
+@pytest.mark.parametrize("on_corrupt", ["refuse", "skip"])
+@pytest.mark.parametrize("fault", [OSError("image file is truncated"), OSError(errno.EINVAL, "x"), SyntaxError("x")])
+def test_an_image_that_can_be_decoded_by_now_is_not_left_out(flowers, monkeypatch, fault, on_corrupt):
+    with monkeypatch.context() as patch:
+        patch.setattr("datamodules.folders.open_rgb", refusing("iris/2.jpg", fault))
+        if on_corrupt == "refuse":
+            with pytest.raises(AntherError, match=r"1 of the .*iris/2\.jpg; .*data\.on_corrupt=skip"):
+                table(flowers)
+        else:
+            assert len(table(flowers, on_corrupt=on_corrupt)) == 11
+    assert len(table(flowers, on_corrupt=on_corrupt)) == 12
+
+
+def refusing(name, fault):
+    def open_or_fail(path):
+        if path.as_posix().endswith(name):
+            raise fault
+        return open_rgb(path)
+
+    return open_or_fail
 
 
 def test_no_image_left(flowers):

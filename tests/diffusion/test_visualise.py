@@ -1,4 +1,6 @@
 import functools
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from diffusion.errors import AntherError
 from diffusion.modules.diffusion import ClassifierFreeDiffusion, Diffusion
 from diffusion.networks.annotated import AnnotatedUNet
 from diffusion.networks.unet import UNet
-from diffusion.pictures import CONF, main, make_schedule
+from diffusion.pictures import CONF, main, make_sampler, make_schedule
 from diffusion.samplers import DDIM, DDPM
 from diffusion.schedules import Cosine, Linear, Straight
 from diffusion.visualise import (
@@ -155,6 +157,23 @@ def test_every_schedule_of_the_config_can_be_drawn():
     assert np.allclose(line.get_ydata(), made[names[0], 100](torch.linspace(0, 1, 101))[0] ** 2)
 
 
+def test_every_sampler_of_the_config_is_to_be_had():
+    for path in sorted((CONF / "sampler").glob("*.yaml")):
+        sampler, shorter = make_sampler(path.stem, None), make_sampler(path.stem, 7)
+        assert (sampler.clip, shorter.steps) == (True, 7)
+        assert type(sampler).__name__ == {"ddpm": "DDPM", "heun": "Heun"}.get(
+            path.stem, "DPMpp" if path.stem.startswith("dpmpp") else "DDIM"
+        )
+    assert (make_sampler("ddpm", None).steps, make_sampler("ddim", None).steps) == (None, 50)
+    assert make_sampler("dpmpp_sde", None).sde
+    with pytest.raises(
+        AntherError, match=r"no sampler 'plms': choose from ddim, ddpm, dpmpp, dpmpp_sde, euler, heun\."
+    ):
+        make_sampler("plms", None)
+    with pytest.raises(AntherError, match="1 step or more, not 0"):
+        make_sampler("heun", 0)
+
+
 def test_samples_over_training_stand_below_each_other(tmp_path):
     (tmp_path / "samples").mkdir()
     for k in range(7):
@@ -168,6 +187,12 @@ def test_samples_over_training_stand_below_each_other(tmp_path):
         progress_picture(tmp_path / "nowhere")
 
 
+def _declaring(png, width, height):
+    """The same PNG with another size in its header."""
+    chunk = b"IHDR" + struct.pack(">II", width, height) + png[24:29]
+    return png[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[33:]
+
+
 def test_the_commands_that_need_no_model(tmp_path, capsys):
     main(["schedules", "linear", "cosine", "--T", "10", "20", "--out", str(tmp_path)])
     lines = (tmp_path / "schedules.csv").read_text().splitlines()
@@ -177,7 +202,17 @@ def test_the_commands_that_need_no_model(tmp_path, capsys):
     main(["forward", str(tmp_path / "a.png"), "--size", "16", "--t", "0", "0.5", "1", "--out", str(tmp_path)])
     assert Image.open(tmp_path / "forward.png").width == 3 * (128 + 6) + 6
     assert str(tmp_path / "forward.png") in capsys.readouterr().out
+    content = (tmp_path / "a.png").read_bytes()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)).save(tmp_path / "chunk.png")
+    first, second, *rest = (tmp_path / "chunk.png").read_bytes().split(b"IDAT")
+    (tmp_path / "chunk.png").write_bytes(b"IDAT".join([first, second]) + b"?!?!" + b"IDAT".join(rest))
+    (tmp_path / "huge.png").write_bytes(_declaring(content, 30_000, 30_000))
+    (tmp_path / "large.png").write_bytes(_declaring(content, 9000, 9000))
     for words, says in (
+        (["forward", str(tmp_path / "chunk.png")], r"chunk\.png cannot be read as an image \(broken PNG.*\): give"),
+        (["forward", str(tmp_path / "huge.png")], r"huge\.png cannot be read as an image \(.*900000000 pixels"),
+        (["forward", str(tmp_path / "large.png")], r"large\.png cannot be read as an image \(.* declares 9000 x 9000"),
+        (["forward", str(tmp_path / "a.png"), "--size", "0"], "--size 0 counts pixels: 1 or more"),
         (["schedules", "flat"], "no schedule 'flat': choose from cosine"),
         (["schedules", "--T", "1"], "2 or more"),
         (["forward", str(tmp_path / "schedules.csv")], "cannot be read as an image"),

@@ -97,7 +97,7 @@ def test_nan_stops_with_the_step_and_keeps_the_checkpoint(
     monkeypatch.setattr(Diffusion, "training_step", poisoned)
     overrides = [*TINY, "callbacks=fit", "trainer.max_steps=9", "callbacks.last.every_n_steps=1000"]
     sentence = refused("train.py", *overrides, folder=folder)
-    assert "3" in sentence
+    assert " at step 3 " in sentence
     assert "last.ckpt" in sentence
     assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from PIL import Image
 
 import evaluate
 from diffusion import checkpoint, cli
+from diffusion.assets import AssetError, resolve
 from diffusion.build import build
 from diffusion.evaluation import scoring, subject
 from diffusion.images import to_uint8
@@ -102,6 +104,28 @@ def test_the_same_command_again_changes_nothing(evaluated: Path, trained: Path, 
     assert done.returncode == 0, done.stderr
     assert contents(evaluated) == before
     assert (evaluated / "metrics.json").read_bytes() == metrics
+
+
+def test_scored_anew_by_other_metrics_nothing_is_left_of_the_first_ones(
+    evaluated: Path, trained: Path, call: Call, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(evaluated, tmp_path / "run")
+    call("evaluate.py", f"ckpt={trained}", *QUICK, "nearest=null", folder=folder)
+    frame = pd.read_parquet(folder / "records.parquet")
+    assert "clip_score" in frame
+    assert not [name for name in frame if name.startswith("nearest")]
+    assert not [key for key in metrics(folder)["metrics"] if key.startswith("nearest")]  # type: ignore[attr-defined]
+    assert contents(folder)["000003.png"] == contents(evaluated)["000003.png"]
+
+
+def test_images_of_another_precision_do_not_go_on_in_a_folder(
+    evaluated: Path, trained: Path, call: Call, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    sentence = refused("evaluate.py", f"ckpt={trained}", *QUICK, "trainer.precision=bf16-mixed", folder=evaluated)
+    assert "precision" in sentence
+    folder = call("evaluate.py", f"ckpt={trained}", *QUICK, "trainer.precision=bf16-mixed", "num_images=2")
+    assert metrics(folder)["run"]["precision"] == "bf16-mixed"  # type: ignore[index]
+    assert json.loads((folder / "protocol.json").read_text())["precision"] == "bf16-mixed"
 
 
 def test_scores_are_of_the_files(evaluated: Path) -> None:
@@ -330,17 +354,14 @@ def test_the_whole_way_to_a_data_set_and_a_dry_run(trained: Path, command: Run, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FIFTYONE_DATABASE_DIR", str(tmp_path / "db"))
         patch.setenv("FIFTYONE_CONFIG_PATH", str(tmp_path / "fiftyone.json"))
-        done = command(
-            "evaluate.py",
-            f"ckpt={trained}",
-            *quick,
-            *environment,
-            "publish.repo_id=me/flowers",
-            "logger=wandb",
-            f"hydra.run.dir={folder}",
-            timeout=900,
-        )
-    assert done.returncode == 0, done.stdout + done.stderr
+        words = [f"ckpt={trained}", *quick, *environment, f"hydra.run.dir={folder}"]
+        done = command("evaluate.py", *words, "publish.repo_id=me/flowers", "logger=wandb", timeout=900)
+        assert done.returncode == 0, done.stdout + done.stderr
+        before = json.loads((folder / "dataset" / "metadata.json").read_text())["name"]
+        renamed = command("evaluate.py", *words, "dataset.name=renamed", timeout=900)
+    assert renamed.returncode == 0, renamed.stdout + renamed.stderr
+    assert before == f"{folder.parent.name}-run"
+    assert json.loads((folder / "dataset" / "metadata.json").read_text())["name"] == "renamed"
     samples = json.loads((folder / "dataset" / "samples.json").read_text())["samples"]
     assert len(samples) == 60
     fields = {"prompt", "clip_score", "unet_embedding", "uniqueness", "representativeness"}
@@ -348,5 +369,11 @@ def test_the_whole_way_to_a_data_set_and_a_dry_run(trained: Path, command: Run, 
     assert "test/samples.json" in done.stdout
     assert "nothing was sent" in done.stdout
     metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
-    assert metrics["fid_60"]["value"] is not None or "left out" in metrics["fid_60"]["note"]
+    try:
+        resolve("fid_inception")
+    except AssetError:
+        assert "left out" in metrics["fid_60"]["note"]
+    else:
+        assert metrics["fid_60"]["value"] > 0
+        assert metrics["fid_60"]["protocol"]["reals"]
     assert list((folder / "logs" / "wandb").glob("offline-run-*"))

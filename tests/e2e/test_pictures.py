@@ -26,6 +26,14 @@ def test_pictures_of_a_model(conditional: bool, call: Callable[..., Path], train
     assert Image.open(tmp_path / "denoise.png").width == 5 * 134 + 6
     main(["reverse", str(checkpoint), *prompts, "--sampler", "ddim", "--steps", "4", "--out", str(tmp_path)])
     assert Image.open(tmp_path / "reverse.png").width == 5 * 134 + 6
+    # The model's own sampler, shortened: its four, or fifty, steps would be more columns.
+    main(["reverse", str(checkpoint), *prompts, "--steps", "2", "--out", str(tmp_path)])
+    assert Image.open(tmp_path / "reverse.png").width == 3 * 134 + 6
+    main(["reverse", str(checkpoint), *prompts, "--sampler", "heun", "--steps", "3", "--out", str(tmp_path)])
+    assert Image.open(tmp_path / "reverse.png").width == 4 * 134 + 6
+    for words, says in ((["--steps", "0"], "1 step or more, not 0"), (["--sampler", "plms"], "no sampler 'plms'")):
+        with pytest.raises(AntherError, match=says):
+            main(["reverse", str(checkpoint), *prompts, *words, "--out", str(tmp_path)])
     if conditional:
         with pytest.raises(AntherError, match="has no attention"):
             main(["attention", str(checkpoint), "--out", str(tmp_path)])

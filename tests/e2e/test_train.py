@@ -79,6 +79,42 @@ def test_ckpt_goes_on_in_another_folder(call: Call, tmp_path: Path) -> None:
     assert checkpoint.read(last)["global_step"] == 3
 
 
+def test_a_run_that_began_from_ckpt_goes_on_with_the_same_command_and_with_no_other_ckpt(
+    call: Call,
+    refused: Callable[..., str],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "400")
+    quick = [*TINY, "callbacks=fit"]
+    first = call("train.py", *quick, "trainer.max_steps=2", folder=tmp_path / "first") / "checkpoints" / "last.ckpt"
+    begin = [*quick, "ckpt=first/checkpoints/last.ckpt"]
+    own = call("train.py", *begin, "trainer.max_steps=3", folder=tmp_path / "own") / "checkpoints" / "last.ckpt"
+    # As a kill leaves it; where it began may be gone by now.
+    (tmp_path / "own" / "result.json").unlink()
+    first.rename(tmp_path / "other.ckpt")
+    for more, steps in ((begin, 4), (quick, 5), ([*quick, f"ckpt={first}"], 6), ([*quick, f"ckpt={own}"], 7)):
+        capfd.readouterr()
+        call("train.py", *more, f"trainer.max_steps={steps}", folder=tmp_path / "own")
+        assert f"goes on from  {own}" in capfd.readouterr().out
+        assert checkpoint.read(own)["global_step"] == steps
+        assert checkpoint.read(own)["config"]["ckpt"] == str(first)
+    before = own.read_bytes()
+    for other in (tmp_path / "other.ckpt", own.with_name("previous.ckpt"), tmp_path / "absent.ckpt"):
+        sentence = refused("train.py", *quick, "trainer.max_steps=9", f"ckpt={other}", folder=tmp_path / "own")
+        assert f"{tmp_path / 'own'} holds a run that began from {first} and" in sentence
+        assert f"not from ckpt={other}" in sentence
+        assert "another hydra.run.dir" in sentence
+    assert own.read_bytes() == before
+    # A run that began from nothing, too.
+    first.parent.parent.joinpath("result.json").unlink()
+    (tmp_path / "other.ckpt").rename(first)
+    sentence = refused("train.py", *quick, "trainer.max_steps=9", f"ckpt={own}", folder=tmp_path / "first")
+    assert "began from nothing and" in sentence
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_command(command: Run, tmp_path: Path) -> None:
     overrides = [*TINY, "trainer.max_steps=24", "callbacks.last.every_n_steps=1", "callbacks.last.share=1.0"]

@@ -1,17 +1,19 @@
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image, ImageEnhance, ImageFilter
 
-from datamodules.analysis.cleansing import REASONS, Limits, _by_precedence, _twins, find, near_pairs
+from datamodules.analysis.cleansing import LISTED, REASONS, Limits, _by_precedence, _twins, find, near_pairs
 from datamodules.analysis.measure import measure_all
 from datamodules.base import ImageTable
 from datamodules.exclusion import Exclusion
 
-LISTED = ("non_finite", "too_small", "odd_aspect", "grayscale", "exact_duplicate", "near_duplicate")
+CONF = Path(__file__).parents[3] / "conf"
 
 
 def photo(seed, width=96, height=80):
@@ -47,13 +49,13 @@ def make_table(folder, pictures, labels=None):
     )
 
 
-def run(table, splits=None, limits=None):
+def run(table, splits=None, limits=None, reasons=LISTED):
     """Findings of the kinds that are listed: name -> (reason, kept)."""
     splits = splits or {"train": list(table.names)}
     rows = {split: np.array(sorted(table.names.index(n) for n in names)) for split, names in splits.items()}
-    found = find(table, measure_all(table, rows), 32, limits or Limits())
+    found = find(table, measure_all(table, rows), 32, limits or Limits(), reasons)
     assert {finding.reason for finding in found} <= set(REASONS)
-    return found, {(f.name, f.reason, f.kept) for f in found if f.reason in (*LISTED, "unreadable")}
+    return found, {(f.name, f.reason, f.kept) for f in found if f.reason in LISTED}
 
 
 @pytest.fixture
@@ -145,12 +147,41 @@ def test_twins_across_splits_go_from_the_training_images(tmp_path, clean):
     assert "twin is in" not in by_name["d1_train"].details
 
 
-def test_a_spoiled_twin_does_not_stay(tmp_path, clean):
+def test_a_twin_that_goes_anyway_does_not_stay(tmp_path, clean):
     wide = photo(60, 300, 90)
     table = make_table(tmp_path, clean | {"a": wide, "b": wide, "small": clean["clean04"].resize((36, 30))})
     _, listed = run(table, {"train": [n for n in table.names if n != "small"], "test": ["small"]})
     assert ("small", "near_duplicate", "clean04") in listed  # though it is in test
     assert ("b", "exact_duplicate", "a") in listed
+
+
+def test_only_the_reasons_that_are_listed_make_a_twin_go(tmp_path, clean):
+    grey = np.asarray(photo(34).convert("L").convert("RGB")).clip(0, 240)
+    pictures = {
+        "grey_test": Image.fromarray(grey),
+        "tinted_train": Image.fromarray(grey + np.array([12, 0, 0], np.uint8)),
+        "large_test": photo(43).resize((900, 750), Image.Resampling.BICUBIC),
+        "usual_train": photo(43),
+    }
+    table = make_table(tmp_path, clean | pictures)
+    test = [name for name in pictures if name.endswith("test")]
+    splits = {"train": [n for n in table.names if n not in test], "test": test}
+    for reasons, grey_goes, large_goes in (
+        (LISTED, True, False),
+        ([reason for reason in LISTED if reason != "grayscale"], False, False),
+        ([*LISTED, "odd_size"], True, True),
+    ):
+        found, _ = run(table, splits, reasons=reasons)
+        assert {("grey_test", "grayscale"), ("large_test", "odd_size")} <= {(f.name, f.reason) for f in found}
+        grey_pair, large_pair = ("grey_test", "tinted_train"), ("large_test", "usual_train")
+        assert {(f.name, f.kept) for f in found if f.kept} == {
+            grey_pair if grey_goes else grey_pair[::-1],
+            large_pair if large_goes else large_pair[::-1],
+        }
+
+
+def test_the_default_reasons_are_those_of_the_config():
+    assert tuple(yaml.safe_load((CONF / "analyze.yaml").read_text())["reasons"]) == LISTED
 
 
 def test_the_same_bytes_in_another_shape_are_no_exact_duplicate(tmp_path, clean):

@@ -1,8 +1,11 @@
+import hashlib
 import json
 import logging
 import os
+import threading
 import time
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -26,7 +29,7 @@ def pictures():
 def test_images_and_texts_equal_plain_open_clip(reference, pictures):
     path, images, texts = reference
     clip = load_clip("tiny", str(path))
-    assert (clip.dim, clip.image_size, clip.name) == (12, 16, f"tiny/{path}")
+    assert (clip.dim, clip.image_size, clip.name) == (12, 16, f"tiny/{path.name}")
     torch.testing.assert_close(clip.encode_images(pictures), images([p.convert("RGB") for p in pictures]))
     prompts = ["a photo of a red rose", "Two  white daisies", "", "rose, rose, rose"]
     torch.testing.assert_close(clip.encode_texts(prompts), texts(prompts))
@@ -243,6 +246,70 @@ def test_the_hubs_cache_is_used_without_a_network(tmp_path, monkeypatch):
     found = resolve_open_clip("ViT-B-32", "laion2b_s34b_b79k")
     assert found.read_bytes() == b"weights"
     assert time.monotonic() - start < 2
+
+
+class Files(BaseHTTPRequestHandler):
+    """A hub with one file, as far as the real client asks one: `etag` is the sha256 that it claims."""
+
+    content, etag = b"the weights", ""
+
+    def do_HEAD(self):
+        name = self.path.rsplit("/", 1)[-1]
+        if name != "open_clip_pytorch_model.bin":
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+        else:
+            self.send_response(200)
+            self.send_header("ETag", f'"{self.etag}"')
+            self.send_header("X-Repo-Commit", "c" * 40)
+            self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+
+    def do_GET(self):
+        self.do_HEAD()
+        self.wfile.write(self.content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    handler = type("Handler", (Files,), {"etag": hashlib.sha256(Files.content).hexdigest()})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, url)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield handler
+        server.shutdown()
+        thread.join()
+
+
+def test_what_the_hub_sends_is_held_against_its_sha256(hub, tmp_path):
+    hub.content = b"the weighst"  # as long as they should be, which is all that the client looks at
+    with pytest.raises(AntherError) as error:
+        resolve_open_clip("ViT-B-32", "laion2b_s34b_b79k")
+    message = str(error.value)
+    assert "\n" not in message
+    for part in ("open_clip_pytorch_model.bin", hub.etag[:12], hashlib.sha256(hub.content).hexdigest()[:12]):
+        assert part in message
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes() == hub.content]
+    hub.content = Files.content
+    assert resolve_open_clip("ViT-B-32", "laion2b_s34b_b79k").read_bytes() == b"the weights"
+
+
+def test_a_file_in_git_itself_has_another_hash(hub):
+    hub.etag = "0" * 40
+    assert resolve_open_clip("ViT-B-32", "laion2b_s34b_b79k").read_bytes() == b"the weights"
 
 
 def test_the_embedded_clip_loads_and_is_small():

@@ -114,12 +114,15 @@ def test_the_centres_of_many_are_those_of_a_choice(monkeypatch):
     with np.errstate(invalid="ignore"):  # a cluster of one
         expected = distances / np.array([distances[labels == label].max() for label in labels])
     np.testing.assert_allclose(brain.representativeness(embeddings), expected, rtol=1e-5)
-    monkeypatch.setattr(brain, "FITTED_ROWS", 90)  # so many rows are always seen, however long they are
+    assert not brain.fits_all(embeddings)
     whole = KMeans(20, random_state=1234).fit(embeddings)
     distances = whole.transform(embeddings).min(1)
     of_each = np.array([distances[whole.labels_ == label].max() for label in whole.labels_])
     with np.errstate(invalid="ignore"):
-        np.testing.assert_allclose(brain.representativeness(embeddings), distances / of_each, rtol=1e-5)
+        expected = distances / of_each
+    np.testing.assert_allclose(brain.representativeness(embeddings, every=True), expected, rtol=1e-5)
+    monkeypatch.setattr(brain, "FITTED_ROWS", 90)  # so many rows are always seen, however long they are
+    np.testing.assert_allclose(brain.representativeness(embeddings), expected, rtol=1e-5)
 
 
 def test_parts_change_nothing(monkeypatch):

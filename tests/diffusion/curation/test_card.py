@@ -1,15 +1,31 @@
+import functools
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
+from hydra import compose, initialize_config_dir
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from diffusion.curation.card import card, preview, text
+from diffusion import settings
+from diffusion.conditioning.labels import Labels
+from diffusion.curation.card import SAMPLERS, card, preview, text
+from diffusion.denoiser import Denoiser
+from diffusion.evaluation.report import write_metrics
+from diffusion.evaluation.run import make_plan, protocol
+from diffusion.evaluation.subject import Subject
+from diffusion.modules.diffusion import ClassifierFreeDiffusion, Diffusion
+from diffusion.networks.unet import UNet
+from diffusion.samplers import DDPM
+from diffusion.schedules import Linear
+
+CONF = Path(__file__).parents[3] / "conf"
 
 # The YAML of seed 001, "Step 1 — Add YAML Metadata", between its two lines of dashes.
 SEEDS = """\
@@ -189,7 +205,7 @@ def test_protocol_is_whole_and_no_folder_of_this_machine_is_told(make):
 
 def test_how_it_was_made_and_loaded(make):
     readme = card(make(), "me/flowers", "x", "mit")
-    assert "python evaluate.py ckpt=best.ckpt num_images=14 seed=100 guidance.weight=3.0\n" in readme
+    assert overrides_of(readme)[0] == "ckpt=best.ckpt"
     assert 'snapshot_download("me/flowers", repo_type="dataset")' in readme
     assert 'load_dataset("me/flowers", split="test")' in readme
     assert "](preview.png)" in readme
@@ -197,6 +213,118 @@ def test_how_it_was_made_and_loaded(make):
     assert len(code) == 2
     for block in code:
         compile(block, "card", "exec")
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def overrides_of(readme):
+    """The words of the card's command after `evaluate.py`, as bash hands them on."""
+    (command,) = re.findall(r"^python evaluate\.py .*$", readme, re.MULTILINE)
+    script = command.replace("python evaluate.py", "printf '%s\\0'", 1)
+    done = subprocess.run(["bash", "-c", script], stdout=subprocess.PIPE, check=True)
+    return done.stdout.decode().split("\0")[:-1]
+
+
+def composed(overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        # Where a run lies is known to a run of Hydra alone.
+        return settings.read(compose("evaluate", [*overrides, "trainer.default_root_dir=."]), settings.Evaluate)
+
+
+@functools.cache
+def subject(conditional=True):
+    """A model whose own settings are not those of conf/."""
+    network = UNet(T=5, img_ch=3, img_size=8, down_chs=(32, 32, 32), c_embed_dim=2 * conditional, family="handson")
+    parts = (Denoiser(network, Linear(T=5)), DDPM(), functools.partial(torch.optim.Adam, lr=1e-3))
+    guided = {"weight": 1.5, "interval": (0.5, 3.0), "rescale": 0.25}
+    model = ClassifierFreeDiffusion(*parts, Labels(["daisy", "rose"]), **guided) if conditional else Diffusion(*parts)
+    sampler = {"_target_": "diffusion.samplers.DDPM", "steps": None, "variance": "beta", "clip": False}
+    config = {"module": {"sampler": sampler}, "data": {"classes": ["daisy", "rose"]}}
+    return Subject(model, config, "/home/somebody/epoch=3 step=9.ckpt", "ab" * 32, None)
+
+
+PROMPTS = [
+    *HOSTILE,
+    *("${oc.env:HOME}", "\\${x}", "\\\\${x} $(id) `id` !!", "${", "ends in \\", "\\'\" \\\"'", "\u202etxt\u00a0\x07"),
+    *("null", "True", "1e5", "inf", "a=b", "{a: [b, c]}", "-m", "~x", "a_rose"),
+]
+
+
+@pytest.mark.parametrize(
+    ("asked", "conditional"),
+    [
+        ([], True),
+        ([], False),
+        (["guidance.interval=[0,inf]", "guidance.rescale=0", "embedding=null"], True),
+        (["guidance.weight=-0.5", "guidance.interval=[0.3,inf]", "guidance.rescale=1e-5", "seed=7"], True),
+        (["guidance.interval=[0.3,5]", "embedding.layer=down0", "embedding.form=flat", "embedding.when=clean"], True),
+        (["embedding.when=trace", "embedding.steps=[0,2]", "batch_size=3", "trainer.precision=bf16-mixed"], False),
+        (["trainer.precision=16-true"], False),
+        (["+sampler={_target_:diffusion.samplers.ddim.DDIM,eta:0.25,grid:karras}"], False),
+        (["sampler=ddim", "+sampler.grid=karras", "sampler.eta=0.5"], False),
+        (["sampler=ddpm", "sampler.steps=4", "sampler.variance=beta_prev"], False),
+        *(([f"sampler={path.stem}"], False) for path in sorted(CONF.glob("sampler/*.yaml"))),
+    ],
+)
+def test_the_command_draws_the_same_images(make, asked, conditional):
+    """The command of the card, through bash and Hydra, makes the protocol that the run recorded."""
+    one = subject(conditional)
+    there = composed(["ckpt=x", "num_images=14", *asked])
+    there["prompts"] = PROMPTS if conditional else None
+    precision = there["trainer"]["precision"]
+    recorded = protocol(make_plan(there, one, None))
+    folder = make(prompts=PROMPTS if conditional else None)
+    write_metrics(folder, {"checkpoint": one.path, **recorded, "precision": precision}, {})
+    overrides = overrides_of(card(folder, "me/flowers", "x", "mit"))
+    here = composed(overrides)
+    assert protocol(make_plan(here, one, None)) == recorded
+    assert (here["ckpt"], here["trainer"]["precision"]) == ("epoch=3 step=9.ckpt", precision)
+    assert any(word.startswith("trainer.precision=") for word in overrides) == (precision != "32-true")
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ("ddim", "ddim"),
+        ("ddpm", "ddpm"),
+        ("dpmpp", "dpmpp"),
+        ("dpmpp_sde", "dpmpp"),
+        ("euler", "euler"),
+        ("heun", "heun"),
+    ],
+)
+def test_samplers_are_named_as_options(make, asked, named):
+    record = composed(["ckpt=x", f"sampler={asked}"])["sampler"]
+    overrides = overrides_of(card(make(run=RUN | {"sampler": record}), "me/flowers", "x", "mit"))
+    assert f"sampler={named}" in overrides
+    assert {word.split("=")[0] for word in overrides if "sampler." in word} == {
+        f"sampler.{key}" for key in record if key != "_target_"
+    }
+    assert (SAMPLERS / f"{asked}.yaml").exists()
+
+
+def test_what_no_override_says_is_said_in_words(make):
+    def section(**run):
+        made = card(make(run=RUN | run), "me/flowers", "x", "mit").partition("## How it was made\n\n")[2]
+        return made.partition("\n|")[0]
+
+    assert section().strip().endswith("```")
+    assert f"`guidance.bad=`, the path of the worse model, whose sha256 is {'d5' * 32}." in section(
+        guidance_bad_sha256="d5" * 32
+    )
+    assert "`model=`" in section(checkpoint="/home/somebody/unet.pth")
+    back = section(prompts=None, reconstruct="val", originals_digest="e6" * 32, seed=None)
+    assert "seed=" not in back
+    assert composed(overrides_of(back))["reconstruct"] == "val"
+    assert f"digest {'e6' * 32}; `data.path=`" in back
+
+
+@pytest.mark.parametrize("prompts", [["a rose " * 20_000], ["nul\0"]])
+def test_prompts_that_no_command_holds_are_left_to_a_file(make, prompts):
+    readme = card(make(run=RUN | {"prompts": prompts}), "me/flowers", "x", "mit")
+    assert "prompts=prompts.yaml" in overrides_of(readme)
+    assert "`prompts.yaml` stands for" in readme
 
 
 def test_limitations(make):

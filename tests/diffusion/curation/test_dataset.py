@@ -8,7 +8,7 @@ import pytest
 
 from diffusion.curation import brain, records
 from diffusion.curation.dataset import DEFINITIONS, SCORES, VIEWS, build_dataset
-from diffusion.curation.gather import gather, main
+from diffusion.curation.gather import find_runs, gather, main
 from diffusion.errors import AntherError
 
 
@@ -192,6 +192,52 @@ def test_gathers_a_sweep(fiftyone, make_run, tmp_path, capsys):
     assert [run["run"]["guidance_weight"] for run in dataset.info["runs"]] == [0, 1]
     assert "uniqueness" not in records.read(folders[0])
     fiftyone.delete_dataset("sweep")
+
+
+@pytest.fixture
+def sweep(make_run, tmp_path):
+    """The folder of a sweep of eleven jobs as evaluate.py leaves it, the fourth of which failed."""
+    folder = tmp_path / "runs" / "sweep"
+    for k in range(11):
+        if k != 3:
+            make_run(folder / str(k), n=1, seed=k, weight=float(k), shape=None, scored=False)
+        (folder / str(k) / ".hydra").mkdir(parents=True)
+    for name in ("multirun.yaml", "sweep.csv", "sweep.png"):
+        (folder / name).touch()
+    return folder
+
+
+def test_a_sweeps_folder_stands_for_its_runs_in_the_order_of_their_numbers(sweep, capsys):
+    finished = [sweep / str(k) for k in (0, 1, 2, 4, 5, 6, 7, 8, 9, 10)]
+    assert find_runs([sweep]) == finished
+    assert capsys.readouterr().out == f"left out: {sweep / '3'} has no records.parquet.\n"
+    assert find_runs([sweep / "10", str(sweep / "sweep.csv"), sweep / "2"]) == [sweep / "10", sweep / "2"]
+    assert capsys.readouterr().out == ""
+
+
+def test_the_command_takes_a_sweeps_folder_and_all_that_is_in_it(fiftyone, sweep):
+    main([str(sweep), "--name", "by folder"])
+    shutil.rmtree(sweep / "3")
+    main([*map(str, sorted(sweep.iterdir())), "--name", "by glob"])
+    expected = {str(float(k)) for k in range(11) if k != 3}
+    for name in ("by folder", "by glob"):
+        dataset = fiftyone.load_dataset(name)
+        assert {str(weight) for weight in dataset.values("guidance_weight")} == expected
+        fiftyone.delete_dataset(name)
+
+
+def test_what_is_neither_a_run_nor_a_sweep_is_said_in_one_sentence(sweep):
+    for paths, message in (
+        ([sweep / "0", sweep / "3"], f"{sweep / '3'} is no folder of a run of evaluate.py"),
+        ([sweep / "nowhere"], f"{sweep / 'nowhere'} is no folder of a run"),
+        ([sweep / "sweep.csv", sweep / "sweep.png"], "gather was given files alone"),
+    ):
+        with pytest.raises(AntherError) as error:
+            main([*map(str, paths), "--name", "none"])
+        assert str(error.value).startswith(message)
+        assert "\n" not in str(error.value)
+    with pytest.raises(AntherError, match="once"):
+        main([str(sweep), str(sweep / "0"), "--name", "none"])
 
 
 def test_gathers_runs_whose_embeddings_differ(fiftyone, make_run, tmp_path):

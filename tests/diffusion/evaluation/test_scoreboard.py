@@ -15,6 +15,7 @@ PROTOCOL = {"N_real": 6149, "split": "train", "image_shape": [3, 64, 64], "weigh
 def evaluation(folder, model, fid, n=500, digest="aa" * 32, data="flowers102", sampler=True, **changes):
     """The metrics.json of evaluate.py."""
     protocol = {**PROTOCOL, "N": n, "data_digest": digest, **changes}
+    protocol.setdefault("reals", f"{digest} {protocol['N_real']}")
     results = {
         f"fid_{n}": Result(fid, "lower", "poor (not below 50)", None, protocol),
         f"kid_{n}": Result(fid / 1000, "lower", "good (below 0.05)", None, protocol),
@@ -53,8 +54,28 @@ def test_only_what_may_be_compared_stands_together(runs):
     assert [m for title, m in found.items() if "celeba" in title] == [["celeba"]]
 
 
-@pytest.mark.parametrize("changes", [{"image_shape": [3, 32, 32]}, {"weights_sha256": "ff" * 32}])
-def test_another_size_or_inception_is_another_group(runs, changes):
+def test_a_split_by_another_name_is_the_same_group(runs):
+    # flowers102 trains on what the authors call test, and the baseline does not.
+    before = {setting: len(entries) for setting, entries in collect(runs).groups.items()}
+    evaluation(runs / "swapped" / "evaluation", "flowers102_swapped", 60.0, split="test")
+    after = {setting: len(entries) for setting, entries in collect(runs).groups.items()}
+    assert set(after) == set(before)
+    assert max(after.values()) == max(before.values()) + 1
+
+
+@pytest.mark.parametrize("key", ["weights_sha256", "data_digest", "N_real"])
+def test_what_does_not_say_its_reals_is_on_no_board(runs, key):
+    before = len(collect(runs).groups)
+    evaluation(runs / "blank" / "evaluation", "flowers102", 60.0, **{key: None, "reals": "x"})
+    board = collect(runs)
+    assert len(board.groups) == before
+    assert any("blank" in line for line in board.left_out)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"image_shape": [3, 32, 32]}, {"weights_sha256": "ff" * 32}, {"reals": "other images, as many"}]
+)
+def test_another_size_inception_or_choice_of_reals_is_another_group(runs, changes):
     before = len(collect(runs).groups)
     evaluation(runs / "more" / "evaluation", "flowers102", 50.0, **changes)
     assert len(collect(runs).groups) == before + 1

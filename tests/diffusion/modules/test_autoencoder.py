@@ -1,4 +1,5 @@
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -176,6 +177,25 @@ def test_pictures_and_averaged_weights(tmp_path, make):
     assert saved["ema"]["updates"] == 6
     assert set(saved["ema"]["network"]) == set(module.network.state_dict())
     assert set(saved["state_dict"]) == {f"network.{k}" for k in saved["ema"]["network"]} | {"latent_scale"}
+
+
+def test_only_the_images_shown_are_read(tmp_path, monkeypatch):
+    module, data = vae(), Stripes(400)
+    pairs = ReconstructionGrid(tmp_path / "pairs", images=5)
+    read = []
+
+    class Counted(np.ndarray):
+        def __getitem__(self, key):
+            found = super().__getitem__(key)
+            read.append(len(found))
+            return np.asarray(found)
+
+    t = trainer(tmp_path, max_epochs=1)
+    t.fit(module, data)
+    monkeypatch.setattr(data, "_table", replace(data.table, images=data.table.images.view(Counted)))
+    pairs.on_train_end(t, module)
+    assert (tmp_path / "pairs" / f"step-{t.global_step:06d}.png").is_file()
+    assert max(read) == 5
 
 
 def test_an_animation_is_refused_before_the_first_step(tmp_path):
