@@ -16,6 +16,7 @@ from diffusion.allocator import keep_freed_memory
 from diffusion.build import closest
 from diffusion.errors import AntherError, Stopped
 from diffusion.files import atomic
+from diffusion.threads import wait_passively
 
 RESULT = "result.json"
 SECONDS = "seconds"
@@ -49,6 +50,7 @@ def run(main: Callable[[], Any], several: bool = False) -> None:
     """
     _speak_utf8()
     keep_freed_memory()
+    wait_passively()
     if several and ranks.is_of_torchrun():
         ranks.end_with_parent()  # torchrun ends its processes, but not if it is killed
     follower = several and ranks.is_follower()

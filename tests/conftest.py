@@ -4,6 +4,10 @@ import os
 
 import pytest
 
+from diffusion.threads import wait_passively
+
+wait_passively()  # before any test imports torch
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
