@@ -20,7 +20,7 @@ def timed(call: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
 
 
 class Apart:
-    """Objects that live in a process of their own, with one thread and glibc's allocator as it comes.
+    """Objects in a process of their own, with one thread, and glibc's allocator as it comes unless `make` sets it.
 
     That process waits while this one works, so turns interleave as they would in one.
 
@@ -51,6 +51,8 @@ def _serve(pipe: Any, make: Callable[..., dict[str, Any]], arguments: tuple[Any,
     import torch
     from threadpoolctl import threadpool_limits
 
+    # A spawned process would spawn the workers of its loaders too, which import everything anew.
+    multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(1)
     threadpool_limits(1)
     objects = make(*arguments)

@@ -3,7 +3,8 @@
 Comparisons of the same files, in turns of half of the images; the reals' features are ready:
 
     ours             from files to all metrics of ours: CLIP score, FID, KID, precision, recall, nearest image, realism,
-                     and the Inception Score where the weights have the last layer
+                     and the Inception Score where the weights have the last layer; with and without glibc's allocator
+                     set to keep freed memory, as our commands set it
     torch-fidelity   `calculate_metrics` with FID, KID, precision, recall (and the Inception Score); no CLIP
     one by one       CLIP score and Inception features of one image per call, then the guide's formula of FID with
                      `scipy.linalg.sqrtm`; as the guide is written, `calculate_clip_score` also loads CLIP for each
@@ -11,7 +12,7 @@ Comparisons of the same files, in turns of half of the images; the reals' featur
 
 The values are compared first. Seconds are CPU seconds, of children too, since machines are shared; with one thread on
 all sides, since threads that wait for each other on a busy machine use seconds too. The last two have a process of
-their own, since what ours sets for a whole process would help them too.
+their own, since what ours sets for a whole process would help them too; ours with the allocator untouched has another.
 
 Without `--clip` the CLIP has the guide's architecture, ViT-B-32, and random weights: what it costs is the same.
 
@@ -91,6 +92,9 @@ class Ours:
         images = read_pngs(task.files)
         clip = self.scorer.score(from_uint8(images), task.prompts)
         return {"images": images, "clip": clip.numpy(), "features": self.extractor.features(images)}
+
+    def scores(self, task: Task) -> dict[str, float | None]:
+        return self.metrics(self.networks(task))
 
     def metrics(self, seen: dict[str, Any]) -> dict[str, float | None]:
         features, reals = seen["features"], self.reference.features
@@ -184,6 +188,14 @@ def make_peers(task: Task, clip: tuple[str, str], folder: Path) -> dict[str, Any
     return peers
 
 
+def make_untouched(task: Task, clip: tuple[str, str]) -> dict[str, Any]:
+    """Ours, for a process that gives freed memory back."""
+    be_quiet()
+    ours = Ours(task, clip)
+    ours.networks(task.part(slice(0, 2)))
+    return {"ours": ours}
+
+
 def be_quiet() -> None:
     """Without what torch-fidelity says of its loader, and open_clip of weights that are meant to be random."""
     warnings.filterwarnings("ignore", message="This DataLoader will create")
@@ -225,7 +237,7 @@ def main() -> None:
         task = make_task(n, Path(folder))
         ours = Ours(task, clip)
         ours.networks(task.part(slice(0, 2)))  # warms up
-        peers = Apart(make_peers, task, clip, Path(folder))
+        untouched, peers = Apart(make_untouched, task, clip), Apart(make_peers, task, clip, Path(folder))
         size = -(-n // TURNS)
 
         for turn in range(TURNS):
@@ -235,15 +247,18 @@ def main() -> None:
             took["torch-fidelity"], expected = peers.timed("torch-fidelity", "metrics", part)
             took["networks"], batched = timed(ours.networks, part)
             took["metrics"], values = timed(ours.metrics, batched)
+            took["untouched"], same = untouched.timed("ours", "scores", part)
             took["one by one"], single = peers.timed("one by one", "networks", few)
             for key, value in expected.items():
                 tolerance = 1e-3 if key.startswith("is") else 1e-6
                 assert np.isclose(values[key], value, rtol=tolerance, atol=0), (key, values[key], value)
+            assert same == values, (same, values)
             assert np.allclose(single["clip"], batched["clip"][:FEW], atol=1e-5)
             assert np.allclose(single["pool"], batched["features"].pool[:FEW], atol=1e-4)
             for side, s in took.items():
                 seconds.setdefault(side, []).append(s)
         peers.end()
+        untouched.end()
 
         real, generated = np.asarray(ours.reference.features), batched["features"].pool
         guide_seconds, guide = timed(guides_fid, real, generated)
@@ -260,18 +275,21 @@ def main() -> None:
         f"{size} images of 32 px, {REALS} reals, {clip_name}, Inception {ours.extractor.weights_hash[:8]}, one thread"
     )
     print(f"equal to torch-fidelity: {', '.join(expected)}; to one image per call: CLIP scores, features, FID")
-    print(f"{'':52}{'CPU s':>9}{'ratio':>8}")
+    print(f"{'':52}{'CPU s':>9}{'images/CPU s':>14}{'ratio':>8}")
 
-    def row(what: str, value: float, against: float | None = None) -> None:
-        print(f"{what:52}{value:9.2f}" + (f"{value / against:8.2f}" if against else ""))
+    def row(what: str, value: float, against: float | None = None, images: int = 0) -> None:
+        rate = f"{images / value:14.2f}" if images else f"{'':14}"
+        print(f"{what:52}{value:9.2f}{rate}" + (f"{value / against:8.2f}" if against else ""))
 
-    row("ours: CLIP, Inception and all metrics", all_of_ours)
+    without = all_of_ours - size * clip_share(ours, batched["images"], few.prompts)
+    row("ours: CLIP, Inception and all metrics", all_of_ours, images=size)
     row("  of these CLIP and Inception", half["networks"])
-    row("ours without CLIP", without := all_of_ours - size * clip_share(ours, batched["images"], few.prompts))
-    row("torch-fidelity: Inception and these metrics", half["torch-fidelity"], all_of_ours)
+    row("  allocator untouched", half["untouched"], all_of_ours, size)
+    row("ours without CLIP", without, images=size)
+    row("torch-fidelity: Inception and these metrics", half["torch-fidelity"], all_of_ours, size)
     row("  against ours without CLIP", half["torch-fidelity"], without)
-    row("one by one, CLIP loaded once", once, all_of_ours)
-    row("one by one as written, CLIP loaded for each image", once + size * clip_seconds, all_of_ours)
+    row("one by one, CLIP loaded once", once, all_of_ours, size)
+    row("one by one as written, CLIP loaded for each image", once + size * clip_seconds, all_of_ours, size)
     row("  of these one loading of CLIP", clip_seconds)
     row("  and the Fréchet distance by sqrtm", guide_seconds)
     row("Fréchet distance by calculate_fid", our_seconds)
