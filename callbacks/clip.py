@@ -60,9 +60,7 @@ class GenerationClipScore(Callback):
         pl_module.sampling_condition(list(self.prompts), len(self.prompts))
         self.scorer.to(pl_module.device)
         self.scorer.load()
-        conditioner = pl_module.conditioner
-        theirs = (getattr(conditioner, "model", None), getattr(conditioner, "pretrained", None))
-        if theirs == (self.scorer.model, self.scorer.pretrained):
+        if self.scorer.conditions(pl_module.conditioner):
             rank_zero_only(print)(
                 f"CLIP score: {self.scorer.name} also conditions the model, so the score flatters it; it compares "
                 "epochs of this run, not models."

@@ -33,8 +33,6 @@ SEEN_BY_CLEANVISION = {"odd_aspect": "odd_aspect_ratio"} | {
 }
 # A twin in one of these stays rather than one further on.
 PRECEDENCE = ("test", "val", "train")
-# What conf/analyze.yaml puts on the list.
-LISTED = ("unreadable", "non_finite", "too_small", "odd_aspect", "grayscale", "exact_duplicate", "near_duplicate")
 SIDE = 32
 
 
@@ -68,9 +66,7 @@ class _Originals:
         return (self.table.original(self.rows[k]),)
 
 
-def find(
-    table: ImageTable, measured: Measured, side: int, limits: Limits, reasons: Collection[str] = LISTED
-) -> list[Exclusion]:
+def find(table: ImageTable, measured: Measured, side: int, limits: Limits, reasons: Collection[str]) -> list[Exclusion]:
     """Every finding; an image may have several.
 
     Twins: one that goes anyway, for another of `reasons`, goes first, wherever it is; else both would go. Of the others

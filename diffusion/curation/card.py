@@ -241,7 +241,7 @@ def _beside_the_command(run: Mapping[str, Any], overrides: Sequence[str]) -> Ite
         yield f"Add `guidance.bad=`, the path of the worse model, whose sha256 is {text(digest)}."
     if run.get("reconstruct"):
         yield (
-            f"The originals are of the training data, digest {text(run.get('originals_digest'))}; `data.path=` says "
+            f"The originals are of the training data, digest {text(run.get('data_digest'))}; `data.path=` says "
             "where these lie, if not where they lay in training."
         )
 

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torchmetrics import Metric
 
+from diffusion.conditioning.base import Conditioner
+from diffusion.conditioning.clip import Clip
 from diffusion.conditioning.openclip import ClipModel, load_clip
 from diffusion.errors import AntherError
 from diffusion.images import to_pil
@@ -60,6 +62,21 @@ class ClipScore(Metric):
             self._clip = load_clip(self.model, self.pretrained, self.device)
             self.name = self._clip.name
         return self._clip.to(self.device)
+
+    def conditions(self, conditioner: Conditioner | None) -> bool:
+        """Whether this CLIP is also the condition of a model, whose score it then flatters.
+
+        By the weights: one CLIP has several names, and a file of it none. Images that are drawn already may be scored
+        where the model's own CLIP is not; then only its name can tell.
+        """
+        if not isinstance(conditioner, Clip):
+            return False
+        if (conditioner.model, conditioner.pretrained) == (self.model, self.pretrained):
+            return True
+        try:
+            return conditioner.weights_hash == self.load().weights_hash
+        except AntherError:
+            return False
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,) of images without counting them.

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from diffusion.assets import AssetError
-from diffusion.conditioning.clip import Clip
 from diffusion.errors import AntherError
 from diffusion.evaluation.distribution import check_number, distribution_metrics, diversity_metrics
 from diffusion.evaluation.inception import Extractor, Features, load_extractor
@@ -239,9 +238,7 @@ class Scorers:
         scorer, clip, n = self._clip, self._clip.load(), len(images)
         batches = parts(n, BATCH, "CLIP score")
         cosines = torch.cat([scorer.score(from_uint8(images[part]), prompts[part]) for part in batches]).double()
-        conditioner = self._subject.model.conditioner
-        # By the weights: one CLIP has several names, and a file of it none.
-        flattered = isinstance(conditioner, Clip) and conditioner.weights_hash == clip.weights_hash
+        flattered = scorer.conditions(self._subject.model.conditioner)
         note = "the scorer also conditions the model, which flatters it" if flattered else None
         protocol = {
             "N": n,

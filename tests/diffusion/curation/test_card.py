@@ -314,7 +314,7 @@ def test_what_no_override_says_is_said_in_words(make):
         guidance_bad_sha256="d5" * 32
     )
     assert "`model=`" in section(checkpoint="/home/somebody/unet.pth")
-    back = section(prompts=None, reconstruct="val", originals_digest="e6" * 32, seed=None)
+    back = section(prompts=None, reconstruct="val", data_digest="e6" * 32, originals_digest="f7" * 32, seed=None)
     assert "seed=" not in back
     assert composed(overrides_of(back))["reconstruct"] == "val"
     assert f"digest {'e6' * 32}; `data.path=`" in back

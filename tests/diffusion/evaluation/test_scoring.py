@@ -125,7 +125,20 @@ def test_the_note_knows_the_conditioning_clip_by_its_weights(data, images, full_
     chosen = config(full_weights, clip=EMBEDDED_CLIP, inception=None, nearest=None)
     scores = scored(Scorers(chosen, model, data, "cpu"), images, tmp_path, ["a red rose"] * 36)
     assert "flatters" in scores.results["clip_score_36/anther-flowers-32/embedded"].note
-    assert not scores.results["diversity_pairs_36"].note or "flatters" not in scores.results["diversity_pairs_36"].note
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_another_clip_does_not_flatter(data, images, full_weights, tmp_path, monkeypatch, missing):
+    def weights_hash(_):
+        if missing:
+            raise AntherError("nowhere")
+        return "of others"
+
+    monkeypatch.setattr(Clip, "weights_hash", property(weights_hash))
+    chosen = config(full_weights, clip=EMBEDDED_CLIP, inception=None, nearest=None)
+    scorers = Scorers(chosen, subject(Clip("ViT-B-32", "openai", "text")), data, "cpu")
+    scores = scored(scorers, images, tmp_path, ["a red rose"] * 36)
+    assert scores.results["clip_score_36/anther-flowers-32/embedded"].note is None
 
 
 def test_nearest_by_inception_without_inception_is_refused(data, full_weights):
