@@ -125,6 +125,7 @@ class Fit(lightning.Callback):
         # It is of the whole process: the other sides' turns have torch's own.
         self._deterministic = torch.get_deterministic_debug_mode()
         torch.set_deterministic_debug_mode("default")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # as train.py sets it
         self._log_every: int = self._trainer.log_every_n_steps
         next(part for part in parts if isinstance(part, ProgressLines)).disable()
         self._last = next(part for part in parts if isinstance(part, LastCheckpoint))

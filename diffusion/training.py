@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from diffusion import checkpoint
@@ -53,6 +54,8 @@ def train(config: dict[str, Any], folder: Path) -> float:
         callbacks=_parts(config, "callbacks"),
         logger=_parts(config, "logger"),
     )
+    # With `deterministic` torch fills new memory with NaN, to show who reads it before writing: a trial run will do.
+    torch.utils.deterministic.fill_uninitialized_memory = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
     if trainer.accumulate_grad_batches < 1:
         raise AntherError("trainer.accumulate_grad_batches counts the batches of a step: give 1 or more.")
     datamodule.prepare_data()

@@ -4,7 +4,6 @@ python -m diffusion.curation.app RUN_FOLDER [--port N]
 """
 
 import argparse
-import hashlib
 import os
 import socket
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 from diffusion import cli
 from diffusion.curation import database
-from diffusion.curation.dataset import build_dataset
+from diffusion.curation.dataset import build_dataset, own_name
 from diffusion.curation.export import exported_name, load_exported
 from diffusion.errors import AntherError
 
@@ -87,15 +86,8 @@ def dataset_of(folder: Path | str) -> str:
         name, bring = run.name, build_dataset
     else:
         bring = load_exported
-    if fo.dataset_exists(name):
-        first = fo.load_dataset(name).first()
-        if Path(first.filepath).resolve().is_relative_to(run):
-            return name
-        # Another run's, or this one's from where it lay before: it is not ours to replace.
-        name = f"{name} {hashlib.sha256(str(run).encode()).hexdigest()[:6]}"
-        if fo.dataset_exists(name):
-            return name
-    return bring(run, name)
+    name = own_name(name, run)
+    return name if fo.dataset_exists(name) else bring(run, name)
 
 
 def has_browser() -> bool:

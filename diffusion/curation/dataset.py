@@ -1,5 +1,6 @@
 """The FiftyOne dataset of a run, from the files in its folder."""
 
+import hashlib
 import math
 import os
 import warnings
@@ -194,6 +195,18 @@ def rename(dataset: Any, name: str) -> None:
     except ValueError as error:
         raise AntherError(f"FiftyOne takes no dataset named {name!r} ({error}): choose another name.") from error
     dataset.persistent = True
+
+
+def own_name(name: str, folder: Path | str) -> str:
+    """The name, with a digest of the folder's path where a dataset of another folder's images has it.
+
+    That is another run's, or this one's from where it lay before: it is not ours to replace.
+    """
+    run, fo = Path(folder).resolve(), database.ready()
+    files = fo.load_dataset(name).limit(1).values("filepath") if fo.dataset_exists(name) else []
+    if files and not Path(files[0]).resolve().is_relative_to(run):
+        return f"{name} {hashlib.sha256(str(run).encode()).hexdigest()[:6]}"
+    return name
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:

@@ -161,24 +161,28 @@ def _plain(value: Any) -> Any:
 
 
 def print_metrics(results: Mapping[str, Result]) -> None:
-    """Prints every metric with its direction, verdict and note."""
+    """Prints every metric with its direction and verdict, and below them each note once."""
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
+    notes = list(dict.fromkeys(result.note for result in results.values() if result.note))
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("metric", overflow="fold", min_width=20)
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("")
-    table.add_column("verdict", no_wrap=True)
-    table.add_column("note", overflow="fold", min_width=20)
+    for title in ("metric", "value", "", "verdict", "note"):
+        table.add_column(title, no_wrap=True, justify="right" if title == "value" else "left")
     for key, result in results.items():
         value = "none" if result.value is None else number(result.value)
+        note = f"[{notes.index(result.note) + 1}]" if result.note else ""
         # Text, since a note in brackets is no markup.
-        cells = [key, value, _arrow(result), result.verdict or "", result.note or ""]
+        cells = [key, value, _arrow(result), result.verdict or "", note]
         table.add_row(*[Text(cell) for cell in cells], style="dim" if result.value is None else "")
     console = Console()
-    console.print(table)
+    # No narrower than it is: a key that is cut cannot be looked for.
+    width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    console.print(table, width=max(width, console.width), soft_wrap=True)
+    for place, note in enumerate(notes, 1):
+        console.print(Text(f"[{place}] {note}", style="dim"), soft_wrap=True)
     if any(result.better for result in results.values()):
         console.print(
             "↑ higher is better, ↓ lower is better; the number in a key is N, the images it is from", style="dim"

@@ -75,7 +75,7 @@ def evaluate(config: Mapping[str, Any], folder: Path) -> float | None:
     if config["dataset"] is not None:
         name = config["dataset"]["name"]
         if exported_name(folder) is None or name not in (None, exported_name(folder)):
-            _curate(name or _dataset_name(folder), folder)
+            _curate(name, folder)
         write_report(folder, app_command(folder))
     _publish(config, folder)
     _farewell(config, folder)
@@ -280,9 +280,13 @@ def _track(config: Mapping[str, Any], folder: Path) -> None:
         finish(loggers)
 
 
-def _curate(name: str, folder: Path) -> None:
-    from diffusion.curation.dataset import build_dataset
+def _curate(asked: str | None, folder: Path) -> None:
+    from diffusion.curation import database
+    from diffusion.curation.dataset import build_dataset, own_name
 
+    run = folder.absolute()
+    with database.held():
+        name = asked or own_name(f"{run.parent.name}-{run.name}", run)
     build_dataset(folder, name)
     export_fiftyone(name, folder)
     print(f"FiftyOne data set {name!r}, exported to {folder / DATASET}")
@@ -302,11 +306,6 @@ def _publish(config: Mapping[str, Any], folder: Path) -> None:
         licence=settings["licence"],
         command=shlex.join(words),
     )
-
-
-def _dataset_name(folder: Path) -> str:
-    run = folder.absolute()
-    return f"{run.parent.name}-{run.name}"
 
 
 def _announce(subject: Subject, plan: Plan, scorers: Scorers, folder: Path) -> None:

@@ -97,7 +97,7 @@ def _summary(frame: "pd.DataFrame", results: Mapping[str, Result]) -> dict[str, 
     summary: dict[str, Any] = {"total_images_generated": len(frame)}
     for key, result in results.items():
         if split_key(key).name == "fid" and result.value is not None:
-            summary["fid"] = result.value
+            summary["fid_score"] = result.value
     names = [*COLUMNS.values(), "representativeness_closeness"]
     scores = {name: frame[name].dropna() for name in names if name in frame and frame[name].notna().any()}
     summary |= {f"mean_{name}": float(values.mean()) for name, values in scores.items()}

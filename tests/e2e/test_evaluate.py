@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import pandas as pd
@@ -359,7 +361,9 @@ def test_the_whole_way_to_a_data_set_and_a_dry_run(trained: Path, command: Run, 
         assert done.returncode == 0, done.stdout + done.stderr
         before = json.loads((folder / "dataset" / "metadata.json").read_text())["name"]
         renamed = command("evaluate.py", *words, "dataset.name=renamed", timeout=900)
+        shown = browse(*words, "app=true")
     assert renamed.returncode == 0, renamed.stdout + renamed.stderr
+    assert "'renamed'" in shown
     assert before == f"{folder.parent.name}-run"
     assert json.loads((folder / "dataset" / "metadata.json").read_text())["name"] == "renamed"
     samples = json.loads((folder / "dataset" / "samples.json").read_text())["samples"]
@@ -377,3 +381,25 @@ def test_the_whole_way_to_a_data_set_and_a_dry_run(trained: Path, command: Run, 
         assert metrics["fid_60"]["value"] > 0
         assert metrics["fid_60"]["protocol"]["reals"]
     assert list((folder / "logs" / "wandb").glob("offline-run-*"))
+
+
+def browse(*words: str) -> str:
+    """What evaluate.py says until it serves FiftyOne's App, whose page is there; Ctrl-C then ends it."""
+    with subprocess.Popen(
+        [sys.executable, "evaluate.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            said = ""
+            for line in process.stdout or ():
+                said += line
+                if found := re.search(r"App shows .* at (http://localhost:\d+/\S+?)[;.]?\s", line):
+                    break
+            else:
+                raise AssertionError(said)
+            with urlopen(found[1], timeout=60) as page:
+                assert b"<html" in page.read()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    return said

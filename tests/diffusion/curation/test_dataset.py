@@ -1,13 +1,14 @@
 """The FiftyOne dataset of a run, in a real MongoDB."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 
 from diffusion.curation import brain, records
-from diffusion.curation.dataset import DEFINITIONS, SCORES, VIEWS, build_dataset
+from diffusion.curation.dataset import DEFINITIONS, SCORES, VIEWS, build_dataset, own_name
 from diffusion.curation.gather import find_runs, gather, main
 from diffusion.errors import AntherError
 
@@ -107,6 +108,15 @@ def test_rebuilding_replaces_the_whole(fiftyone, make_run, tmp_path):
     assert not second.has_field("clip_score")
     assert not second.has_field("unet_embedding")
     fiftyone.delete_dataset("again")
+
+
+def test_the_name_of_another_folders_dataset_is_not_taken(fiftyone, make_run, tmp_path):
+    first, second = make_run(tmp_path / "first" / "run", n=3, shape=None), make_run(tmp_path / "run", n=3, shape=None)
+    assert own_name("mine", first) == "mine"
+    build_dataset(first, "mine")
+    assert own_name("mine", first) == "mine"
+    assert re.fullmatch(r"mine [0-9a-f]{6}", own_name("mine", second))
+    fiftyone.delete_dataset("mine")
 
 
 def test_a_build_that_fails_leaves_the_dataset_as_it_was(fiftyone, make_run, tmp_path, monkeypatch):

@@ -102,17 +102,24 @@ def test_missing_metrics_are_named(tmp_path):
         read_metrics(tmp_path)
 
 
-def test_what_is_printed_holds_everything(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-    found = {**results(make_run(tmp_path)), "recall_30": Result(0.5, "higher", None, "see [1] and [/red]")}
+@pytest.mark.parametrize("columns", ["40", "160"])
+def test_what_is_printed_holds_everything(tmp_path, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    note = "see [1] and [/red]"
+    twice = {"recall_30": Result(0.5, "higher", None, note), "precision_30": Result(0.25, "higher", None, note)}
+    found = {**results(make_run(tmp_path)), **twice}
     print_metrics(found)
-    printed = capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
     for key, result in found.items():
-        (line,) = [line for line in printed.splitlines() if line.split("  ")[0] == key]
+        (line,) = [line for line in lines if line.split("  ")[0] == key]
         assert result.value is None or f"{result.value:.4g}" in line
         assert (result.verdict or "") in line
-        assert (result.note or "") in line
         assert ("↑" in line, "↓" in line) == (result.better == "higher", result.better == "lower")
+        if result.note:
+            (place,) = [line.split()[0] for line in lines if line.partition("] ")[2] == result.note]
+            assert line.rstrip().endswith(place)
+        else:
+            assert not line.rstrip().endswith("]")
 
 
 class Page(HTMLParser):

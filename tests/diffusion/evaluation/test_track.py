@@ -96,7 +96,7 @@ def test_what_wandb_holds_is_the_record(tmp_path):
         "best_clip_prompt": frame["prompt"][best],
         "most_unique_prompt": frame["prompt"][unique],
         "most_representative_prompt": frame["prompt"][near],
-        "fid": 87.50031,
+        "fid_score": 87.50031,
         "mean_clip_score": np.mean(frame["clip_score"].to_numpy()),
         "std_clip_score": np.std(frame["clip_score"].to_numpy()),
         "min_clip_score": min(frame["clip_score"]),
@@ -131,7 +131,7 @@ def test_what_was_not_computed_is_not_there(tmp_path):
     assert "clip_scores_chart_table/path" in held.history
     assert not [key for key in held.history if "uniqueness" in key or "fid" in key]
     assert held.summary["mean_clip_score"] == pytest.approx(0.3)
-    for key in ("fid", "best_clip_prompt", "most_unique_prompt", "mean_uniqueness", "most_representative_prompt"):
+    for key in ("fid_score", "best_clip_prompt", "most_unique_prompt", "mean_uniqueness", "most_representative_prompt"):
         assert key not in held.summary
 
 
