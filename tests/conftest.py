@@ -6,7 +6,10 @@ import pytest
 
 from diffusion.threads import wait_passively
 
-wait_passively()  # before any test imports torch
+# Both before any test imports torch.
+wait_passively()
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 
 @pytest.fixture(scope="session", autouse=True)
