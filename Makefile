@@ -19,9 +19,9 @@ demo: $(READY) ## train a small text-to-image model on drawn flowers, draw from 
 	@echo 'the evaluation        runs/demo/evaluation/report.html'
 	@echo 'browse its data set   $(BIN)/python -m diffusion.curation.app runs/demo/evaluation'
 
-# A file's tests share what they set up, so a process takes whole files; each process grows to 3 GB.
+# Each process grows to 3 GB.
 test: $(READY) ## the default test suite, on two processes
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(READY) ## the tests that need minutes
 	$(BIN)/python -m pytest -m slow

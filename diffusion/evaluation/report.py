@@ -180,7 +180,8 @@ def print_metrics(results: Mapping[str, Result]) -> None:
     console = Console()
     # No narrower than it is: a key that is cut cannot be looked for.
     width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
-    console.print(table, width=max(width, console.width), soft_wrap=True)
+    console.width = max(width, console.width)
+    console.print(table)
     for place, note in enumerate(notes, 1):
         console.print(Text(f"[{place}] {note}", style="dim"), soft_wrap=True)
     if any(result.better for result in results.values()):
