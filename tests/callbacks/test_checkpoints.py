@@ -157,7 +157,7 @@ cli.run(lambda: run(folder, Press(), LastCheckpoint(folder)))
 """
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", [pytest.param("SIGINT", marks=pytest.mark.slow), "SIGTERM"])
 def test_a_signal_stops_after_the_step_and_the_run_goes_on_exactly(tmp_path, uninterrupted, name):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     script = SCRIPT.format(root=str(Path(__file__).parents[2]), folder=str(tmp_path), name=name)

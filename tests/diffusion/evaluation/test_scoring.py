@@ -80,6 +80,7 @@ def test_every_number_is_that_of_its_image_and_its_reals(data, images, extractor
     assert RUN.items() <= scores.results["kid_36"].protocol.items()
 
 
+@pytest.mark.slow
 def test_images_in_another_order_have_the_same_scores_in_that_order(data, images, full_weights, tmp_path):
     scorers = Scorers(config(full_weights), subject(), data, "cpu")
     order = torch.randperm(36, generator=torch.Generator().manual_seed(0))
