@@ -2,15 +2,16 @@
 
 Comparisons of the same files, in turns of half of the images; the reals' features are ready:
 
-    ours             from files to all metrics of ours: CLIP score, FID, KID, precision, recall, nearest image, realism,
-                     and the Inception Score where the weights have the last layer; with and without glibc's allocator
-                     set to keep freed memory, as our commands set it
+    ours             what evaluate.py does, from files to CLIP score, FID, KID, precision, recall, diversity, nearest
+                     image, realism, and the Inception Score and entropy where the weights have the last layer; with
+                     and without glibc's allocator set to keep freed memory, as our commands set it
     torch-fidelity   `calculate_metrics` with FID, KID, precision, recall (and the Inception Score); no CLIP
     one by one       CLIP score and Inception features of one image per call, then the guide's formula of FID with
                      `scipy.linalg.sqrtm`; as the guide is written, `calculate_clip_score` also loads CLIP for each
                      image. Timed on 8 images and one loading; the cost of all is that times their number.
 
-The values are compared first. Seconds are CPU seconds, of children too, since machines are shared; with one thread on
+The values are compared first. Peak memory is that of the process with the allocator untouched, after the first 8 images
+and after all. Seconds are CPU seconds, of children too, since machines are shared; with one thread on
 all sides, since threads that wait for each other on a busy machine use seconds too. The last two have a process of
 their own, since what ours sets for a whole process would help them too; ours with the allocator untouched has another.
 
@@ -21,12 +22,14 @@ Without `--clip` the CLIP has the guide's architecture, ViT-B-32, and random wei
 
 import argparse
 import logging
+import resource
 import statistics
 import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,12 +44,11 @@ from diffusion.allocator import keep_freed_memory
 from diffusion.assessment import calculate_clip_score, calculate_fid
 from diffusion.assets import AssetError
 from diffusion.conditioning.openclip import load_clip
-from diffusion.evaluation.clip_score import ClipScore
-from diffusion.evaluation.distribution import distribution_metrics, subset_size
+from diffusion.evaluation.distribution import subset_size
 from diffusion.evaluation.inception import Extractor, _default_weights, load_extractor, load_network
-from diffusion.evaluation.nearest import nearest, realism
-from diffusion.evaluation.reference import Reference, reference
-from diffusion.images import from_uint8, read_pngs, save_png
+from diffusion.evaluation.report import split_key
+from diffusion.evaluation.scoring import Scorers, load_clip_scorer
+from diffusion.images import PngFiles, from_uint8, read_pngs, save_png
 from diffusion.rng import generator
 
 REALS, TURNS, FEW = 32, 2, 8
@@ -54,54 +56,60 @@ REALS, TURNS, FEW = 32, 2, 8
 
 @dataclass
 class Task:
-    """What both sides score: the files, their prompts, and the reals."""
+    """What both sides score: the files and their prompts, of `n` images in all."""
 
     files: list[Path]
     prompts: list[str]
-    reals: torch.Tensor
-    names: tuple[str, ...]
-    digest: str
+    n: int
 
     def part(self, rows: slice) -> "Task":
-        return Task(self.files[rows], self.prompts[rows], self.reals, self.names, self.digest)
+        return Task(self.files[rows], self.prompts[rows], self.n)
 
 
-def make_task(n: int, folder: Path) -> Task:
-    """Drawn flowers with noise as files, in the place of generated ones, and others without it as reals."""
+def make_data(n: int) -> DrawnFlowers:
+    """Its training images, with noise, are in the place of generated ones; the others are the reals."""
     data = DrawnFlowers(seed=0, batch_size=REALS, n_train=n, n_val=REALS)
     data.prepare_data()
     data.setup("fit")
+    return data
+
+
+def make_task(n: int, folder: Path) -> Task:
+    """Writes the files."""
+    data = make_data(n)
     files = [folder / f"{k // -(-n // TURNS)}" / f"{k:06d}.png" for k in range(n)]
     for k, (path, image) in enumerate(zip(files, data.pixels("train"), strict=True)):
         save_png(from_uint8(image) + 0.3 * torch.randn(image.shape, generator=generator(k)), path)
-    prompts = [data.table.captions[row] for row in data.splits["train"]]
-    names = tuple(data.table.names[row] for row in data.splits["val"])
-    return Task(files, prompts, data.pixels("val"), names, data.table.digest)
+    return Task(files, [data.table.captions[row] for row in data.splits["train"]], n)
 
 
 class Ours:
-    """Files to scores, by batches."""
+    """What evaluate.py does with the files of a run and a model with a condition, the reals' features being ready."""
 
     def __init__(self, task: Task, clip: tuple[str, str]) -> None:
-        self.extractor: Extractor = load_extractor()
-        self.reference: Reference = reference(task.reals, task.names, task.digest, "val", self.extractor)
-        self.scorer = ClipScore(*clip)
-        self.scorer.load()
+        data = make_data(task.n)
+        chosen = {"split": "val", "weights": None, "few_images": "allow", "one_channel": "refuse", "missing": "refuse"}
+        config = {
+            "clip": dict(zip(("model", "pretrained"), clip, strict=True)),
+            "classifier": None,
+            "num_images": len(task.files) // TURNS,
+            "inception": chosen,
+            "nearest": {"space": "inception", "split": "val"},
+        }
+        conditioned: Any = SimpleNamespace(model=SimpleNamespace(conditioner=object()))
+        self.scorers = Scorers(config, conditioned, data, "cpu")
+        self.extractor, self.clip = load_extractor(), load_clip_scorer(*clip, "cpu")
 
-    def networks(self, task: Task) -> dict[str, Any]:
-        images = read_pngs(task.files)
-        clip = self.scorer.score(from_uint8(images), task.prompts)
-        return {"images": images, "clip": clip.numpy(), "features": self.extractor.features(images)}
+    def scores(self, task: Task) -> tuple[dict[str, float | None], list[float]]:
+        """Every metric by its name without N, and the CLIP score of each image."""
+        images, labels = PngFiles(task.files), [None] * len(task.files)
+        scores = self.scorers.score(images, task.prompts, labels, {}, task.files[0].parent)
+        values = {split_key(key).name: result.value for key, result in scores.results.items()}
+        return values, scores.columns["clip_score"]
 
-    def scores(self, task: Task) -> dict[str, float | None]:
-        return self.metrics(self.networks(task))
-
-    def metrics(self, seen: dict[str, Any]) -> dict[str, float | None]:
-        features, reals = seen["features"], self.reference.features
-        nearest(features.pool, reals)
-        realism(features.pool, reals, self.reference.radii)
-        results = distribution_metrics(features, self.reference, seen["images"], self.extractor, {}, few_images="allow")
-        return {key.rpartition("_")[0]: result.value for key, result in results.items()}
+    def peak(self) -> float:
+        """MB that this process has had at most."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 class OneByOne:
@@ -124,15 +132,16 @@ class TorchFidelity:
     """`calculate_metrics`, with the same weights, and with the reals' features in its cache."""
 
     def __init__(self, task: Task, extractor: Extractor, folder: Path) -> None:
-        for k, image in enumerate(task.reals):
+        self.reals = make_data(task.n).pixels("val")
+        for k, image in enumerate(self.reals):
             save_png(from_uint8(image), folder / "reals" / f"{k:06d}.png")
         torch.save(load_network(_default_weights())[0].state_dict(), folder / "inception.pth")
         self.extractor, self.folder = extractor, folder
 
-    def warm_up(self, image: torch.Tensor) -> None:
+    def warm_up(self) -> None:
         """Fills the cache of the reals."""
         for k in range(2):
-            save_png(from_uint8(image), self.folder / "warm" / f"{k}.png")
+            save_png(from_uint8(self.reals[0]), self.folder / "warm" / f"{k}.png")
         self._calculate(self.folder / "warm", kid=True, kid_subset_size=2)
 
     def _calculate(self, images: Path, **metrics: Any) -> dict[str, float]:
@@ -158,7 +167,7 @@ class TorchFidelity:
             fid=True,
             kid=True,
             prc=True,
-            kid_subset_size=subset_size(len(task.files), len(task.reals)),
+            kid_subset_size=subset_size(len(task.files), REALS),
         )
         names = {
             "fid": "frechet_inception_distance",
@@ -183,7 +192,7 @@ def make_peers(task: Task, clip: tuple[str, str], folder: Path) -> dict[str, Any
     """What ours is measured against, ready to begin."""
     be_quiet()
     peers = {"torch-fidelity": TorchFidelity(task, load_extractor(), folder), "one by one": OneByOne(clip)}
-    peers["torch-fidelity"].warm_up(task.reals[0])
+    peers["torch-fidelity"].warm_up()
     peers["one by one"].networks(task.part(slice(0, 2)))
     return peers
 
@@ -191,9 +200,15 @@ def make_peers(task: Task, clip: tuple[str, str], folder: Path) -> dict[str, Any
 def make_untouched(task: Task, clip: tuple[str, str]) -> dict[str, Any]:
     """Ours, for a process that gives freed memory back."""
     be_quiet()
-    ours = Ours(task, clip)
-    ours.networks(task.part(slice(0, 2)))
-    return {"ours": ours}
+    return {"ours": warm(Ours(task, clip), task)}
+
+
+def warm(ours: Ours, task: Task) -> Ours:
+    """Has its networks see two images."""
+    two = read_pngs(task.files[:2])
+    ours.extractor.features(two)
+    ours.clip.score(from_uint8(two), task.prompts[:2])
+    return ours
 
 
 def be_quiet() -> None:
@@ -235,42 +250,45 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         clip = tuple(options.clip) if options.clip else random_clip(Path(folder))
         task = make_task(n, Path(folder))
-        ours = Ours(task, clip)
-        ours.networks(task.part(slice(0, 2)))  # warms up
+        ours = warm(Ours(task, clip), task)
         untouched, peers = Apart(make_untouched, task, clip), Apart(make_peers, task, clip, Path(folder))
         size = -(-n // TURNS)
+        untouched.timed("ours", "scores", task.part(slice(0, FEW)))
+        peaks = {FEW: untouched.timed("ours", "peak")[1]}
 
         for turn in range(TURNS):
             part = task.part(slice(turn * size, (turn + 1) * size))
             few = part.part(slice(0, FEW))
             took = {}
             took["torch-fidelity"], expected = peers.timed("torch-fidelity", "metrics", part)
-            took["networks"], batched = timed(ours.networks, part)
-            took["metrics"], values = timed(ours.metrics, batched)
+            took["ours"], (values, clip_scores) = timed(ours.scores, part)
             took["untouched"], same = untouched.timed("ours", "scores", part)
             took["one by one"], single = peers.timed("one by one", "networks", few)
             for key, value in expected.items():
                 tolerance = 1e-3 if key.startswith("is") else 1e-6
                 assert np.isclose(values[key], value, rtol=tolerance, atol=0), (key, values[key], value)
-            assert same == values, (same, values)
-            assert np.allclose(single["clip"], batched["clip"][:FEW], atol=1e-5)
-            assert np.allclose(single["pool"], batched["features"].pool[:FEW], atol=1e-4)
+            assert same == (values, clip_scores), (same, values)
+            assert np.allclose(single["clip"], clip_scores[:FEW], atol=1e-5)
+            assert np.allclose(single["pool"], ours.extractor.features(read_pngs(few.files)).pool, atol=1e-4)
             for side, s in took.items():
                 seconds.setdefault(side, []).append(s)
+        peaks[size] = untouched.timed("ours", "peak")[1]
         peers.end()
         untouched.end()
 
-        real, generated = np.asarray(ours.reference.features), batched["features"].pool
+        reals = make_data(n).pixels("val")
+        real, generated = (ours.extractor.features(images).pool for images in (reals, read_pngs(part.files)))
         guide_seconds, guide = timed(guides_fid, real, generated)
         our_seconds, fid = timed(calculate_fid, real, generated)
         clip_seconds, _ = timed(load_clip, *clip)
+        seen = from_uint8(read_pngs(few.files))
+        clip_seconds_per_image = timed(ours.clip.score, seen, few.prompts)[0] / FEW
         # The guide's root of a singular matrix is not exact.
         assert np.isclose(fid, guide, rtol=1e-4), (fid, guide)
 
     half = {side: statistics.median(values) for side, values in seconds.items()}
-    all_of_ours = half["networks"] + half["metrics"]
     once = size * half["one by one"] / FEW + guide_seconds
-    clip_name = "a random ViT-B-32" if not options.clip else ours.scorer.name
+    clip_name = "a random ViT-B-32" if not options.clip else ours.clip.name
     print(
         f"{size} images of 32 px, {REALS} reals, {clip_name}, Inception {ours.extractor.weights_hash[:8]}, one thread"
     )
@@ -281,24 +299,18 @@ def main() -> None:
         rate = f"{images / value:14.2f}" if images else f"{'':14}"
         print(f"{what:52}{value:9.2f}{rate}" + (f"{value / against:8.2f}" if against else ""))
 
-    without = all_of_ours - size * clip_share(ours, batched["images"], few.prompts)
-    row("ours: CLIP, Inception and all metrics", all_of_ours, images=size)
-    row("  of these CLIP and Inception", half["networks"])
-    row("  allocator untouched", half["untouched"], all_of_ours, size)
+    without = half["ours"] - size * clip_seconds_per_image
+    row("ours: CLIP, Inception and all metrics", half["ours"], images=size)
+    row("  allocator untouched", half["untouched"], half["ours"], size)
     row("ours without CLIP", without, images=size)
-    row("torch-fidelity: Inception and these metrics", half["torch-fidelity"], all_of_ours, size)
+    row("torch-fidelity: Inception and these metrics", half["torch-fidelity"], half["ours"], size)
     row("  against ours without CLIP", half["torch-fidelity"], without)
-    row("one by one, CLIP loaded once", once, all_of_ours, size)
-    row("one by one as written, CLIP loaded for each image", once + size * clip_seconds, all_of_ours, size)
+    row("one by one, CLIP loaded once", once, half["ours"], size)
+    row("one by one as written, CLIP loaded for each image", once + size * clip_seconds, half["ours"], size)
     row("  of these one loading of CLIP", clip_seconds)
     row("  and the Fréchet distance by sqrtm", guide_seconds)
     row("Fréchet distance by calculate_fid", our_seconds)
-
-
-def clip_share(ours: Ours, images: torch.Tensor, prompts: list[str]) -> float:
-    """CPU seconds of one image's CLIP score in a batch."""
-    few = from_uint8(images[: len(prompts)])
-    return timed(ours.scorer.score, few, prompts)[0] / len(prompts)
+    print("peak memory of ours: " + ", ".join(f"{peak:.0f} MB at {count} images" for count, peak in peaks.items()))
 
 
 if __name__ == "__main__":
