@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from datamodules.base import ImageDataModule
+from datamodules.folders import FolderImages
 from diffusion.build import build
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -23,6 +24,9 @@ def test_it_composes_and_builds(name):
     assert module.batch_size == 4
     assert module.exclude is None
     assert module.name
+    # A config is closed: a setting that it lacks cannot be given.
+    if isinstance(module, FolderImages):
+        assert cfg.data.crop is None
 
 
 def test_every_data_set_stands_in_the_guide():
