@@ -351,6 +351,9 @@ class ImageDataModule(LightningDataModule, ABC):
         balanced: draw training images with replacement, so that every class is equally frequent.
         exclude: a table of images to leave out, as analyze.py writes it: CSV with the columns `name` and `reason`. The
             splits are made first, so the images that stay keep their split.
+
+    Raises:
+        AntherError: a setting that no data set could have.
     """
 
     def __init__(
@@ -387,6 +390,11 @@ class ImageDataModule(LightningDataModule, ABC):
         self.exclude = exclude
         self.exclusions: tuple[Exclusion, ...] = () if exclude is None else read_exclusions(Path(exclude).expanduser())
         self.split = dict(split) if split else {"train": 0.95, "val": 0.05}
+        if absent := [name for name in ("train", "val") if not self.split.get(name)]:
+            raise AntherError(
+                f"data.split={self.split} has no {' and no '.join(absent)}: give both train and val a fraction of the "
+                "images."
+            )
         self._table: ImageTable | None = None
         self._splits: dict[str, Array] = {}
 

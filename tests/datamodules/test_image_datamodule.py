@@ -190,6 +190,15 @@ def test_bad_fractions(fractions):
         random_split(100, fractions, 0)
 
 
+@pytest.mark.parametrize(
+    ("fractions", "absent"),
+    [({"train": 0.9, "test": 0.1}, "no val"), ({"val": 1.0}, "no train"), ({"test": 1.0}, "no train and no val")],
+)
+def test_a_split_needs_train_and_val(fractions, absent):
+    with pytest.raises(AntherError, match=rf"^data\.split=.* has {absent}: give both train and val"):
+        ready(split=fractions)
+
+
 def test_too_few_images_to_split():
     with pytest.raises(AntherError, match=r"1 images are too few .* train is empty"):
         random_split(1, {"train": 0.95, "val": 0.05}, 0)
