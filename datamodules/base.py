@@ -309,14 +309,15 @@ def random_split(n: int, fractions: Mapping[str, float], seed: int) -> dict[str,
 
     Args:
         n: number of rows.
-        fractions: of the rows, adding up to 1; each part but the last is rounded down.
+        fractions: of the rows, adding up to 1; each part but the last is rounded down, and one of 0 is left out.
         seed: of the permutation.
 
     Raises:
         AntherError: the fractions do not add up to 1, or a part would be empty.
     """
-    if abs(sum(fractions.values()) - 1) > 1e-6 or min(fractions.values()) <= 0:
+    if abs(sum(fractions.values()) - 1) > 1e-6 or min(fractions.values()) < 0:
         raise AntherError(f"data.split={dict(fractions)} must be positive fractions that add up to 1.")
+    fractions = {name: share for name, share in fractions.items() if share}
     order = np.random.default_rng(seed).permutation(n)
     ends = [int(n * share + 1e-9) for share in np.cumsum(list(fractions.values()))[:-1]]
     parts = np.split(order, ends)
@@ -346,7 +347,7 @@ class ImageDataModule(LightningDataModule, ABC):
         drop_last: leave out the last, smaller training batch of an epoch.
         num_workers: loader processes; 0 is fast enough for tables that fit in memory.
         augment: for training images.
-        split: fractions by name; needs "train" and "val".
+        split: fractions by name; needs "train" and "val". A fraction of 0 makes no such split.
         split_seed: of the split alone, so that runs of several seeds share their validation images.
         balanced: draw training images with replacement, so that every class is equally frequent.
         exclude: a table of images to leave out, as analyze.py writes it: CSV with the columns `name` and `reason`. The

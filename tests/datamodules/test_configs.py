@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from datamodules.base import ImageDataModule
+from datamodules.base import ImageDataModule, random_split
 from datamodules.folders import FolderImages
 from diffusion.build import build
 
@@ -27,6 +27,19 @@ def test_it_composes_and_builds(name):
     # A config is closed: a setting that it lacks cannot be given.
     if isinstance(module, FolderImages):
         assert cfg.data.crop is None
+
+
+SEEDED = ("celeba_hq", "class_folders", "cropped_flowers", "flowers102", "flowers210", "folder", "pairs", "tf_flowers")
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_a_test_split_can_be_held_out(name):
+    words = [f"data={name}", *OWN.get(name, []), "data.split={train: 0.8, val: 0.1, test: 0.1}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("analyze", words)
+    module = build(OmegaConf.to_container(cfg.data, resolve=True))
+    sizes = {split: len(rows) for split, rows in random_split(100, module.split, module.split_seed).items()}
+    assert sizes == {"train": 80, "val": 10, "test": 10}
 
 
 def test_every_data_set_stands_in_the_guide():

@@ -182,9 +182,12 @@ def test_splits_are_disjoint_seeded_and_whole():
     assert not np.array_equal(random_split(1166, {"train": 0.95, "val": 0.05}, 43)["val"], splits["val"])
     three = random_split(100, {"train": 0.7, "val": 0.2, "test": 0.1}, 0)
     assert [len(part) for part in three.values()] == [70, 20, 10]
+    without = random_split(1166, {"train": 0.95, "val": 0.05, "test": 0}, 42)
+    assert list(without) == ["train", "val"]
+    assert all(np.array_equal(without[name], splits[name]) for name in splits)
 
 
-@pytest.mark.parametrize("fractions", [{"train": 0.9, "val": 0.05}, {"train": 1.0, "val": 0.0}])
+@pytest.mark.parametrize("fractions", [{"train": 0.9, "val": 0.05}, {"train": 1.1, "val": -0.1}])
 def test_bad_fractions(fractions):
     with pytest.raises(AntherError, match=r"data\.split=.* add up to 1"):
         random_split(100, fractions, 0)
@@ -192,7 +195,11 @@ def test_bad_fractions(fractions):
 
 @pytest.mark.parametrize(
     ("fractions", "absent"),
-    [({"train": 0.9, "test": 0.1}, "no val"), ({"val": 1.0}, "no train"), ({"test": 1.0}, "no train and no val")],
+    [
+        ({"train": 0.9, "test": 0.1}, "no val"),
+        ({"train": 0, "val": 1.0}, "no train"),
+        ({"test": 1.0}, "no train and no val"),
+    ],
 )
 def test_a_split_needs_train_and_val(fractions, absent):
     with pytest.raises(AntherError, match=rf"^data\.split=.* has {absent}: give both train and val"):

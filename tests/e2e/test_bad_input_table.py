@@ -158,7 +158,7 @@ TRAIN: list[tuple[list[str], list[str]]] = [
     ([*FOLDER, "data.path={photos}", "data.split={{train: 1.5, val: -0.5}}"], ["data.split", "positive"]),
     ([*FOLDER, "data.path={photos}", "data.split={{train: x, val: y}}"], ["data.split"]),
     ([*FOLDER, "data.path={photos}", "data.split={{train: 0.001, val: 0.999}}"], ["data.split", "too few"]),
-    ([*FOLDER, "data.path={photos}", "+data.split.test=0.0"], ["data.split"]),
+    ([*FOLDER, "data.path={photos}", "data.split.test=0.1"], ["data.split", "add up to 1"]),
     ([*FOLDER, "data.path={photos}", "data.captions='a {{colour}} flower'"], ["data.captions", "noun"]),
     ([*FOLDER, "data.path={photos}", "data.on_corrupt=cry"], ["data.on_corrupt", "refuse, skip"]),
     ([*FOLDER, "data.path={photos}", "data.short_side=8"], ["data.short_side=8", "data.size=32"]),
