@@ -56,6 +56,7 @@ class Flowers102(FolderImages):
         self.official = split is None
         self._files: list[Path] = []  # of every species that is there, chosen or not
         self._complete = True  # every species is there
+        self._places: list[Path] = []  # folders that may hold the authors' .mat files
         self._setid: Path | None = None
 
     @property
@@ -73,13 +74,15 @@ class Flowers102(FolderImages):
         path = Path(self.path).expanduser().absolute()
         for folder in (path, path / "flowers-102"):
             if (folder / "jpg").is_dir() or (folder / IMAGES).is_file():
-                self._setid = folder / SPLITS
+                self._places, self._setid = [folder], folder / SPLITS
                 if (folder / "jpg").is_dir():
                     return folder
                 return extract(folder / IMAGES, cache_dir() / "data" / f"flowers102-{sha256(folder / IMAGES)[:16]}")
-        beside = [path / SPLITS, path.parent / SPLITS, cache_dir() / "assets" / ASSETS["flowers102/splits"].file]
-        self._setid = next((file for file in beside if file.is_file()), None)
-        return super().locate()
+        root = super().locate()
+        beside = [path, path.parent] if path.is_dir() else [path.parent]
+        self._places = [*beside, root, (cache_dir() / "assets" / ASSETS["flowers102/splits"].file).parent]
+        self._setid = self._there(SPLITS)
+        return root
 
     def find(self, root: Path) -> tuple[list[Path], list[int], list[str]]:
         """See `FolderImages`; the labels are the authors', or the folders' names."""
@@ -115,11 +118,15 @@ class Flowers102(FolderImages):
     def _labels_file(self) -> Path:
         if self.path is None:
             return resolve("flowers102/labels")
-        assert self._setid is not None
-        file = self._setid.with_name(LABELS)
-        if not file.is_file():
-            raise AntherError(f"{file} is missing; fetch {ASSETS['flowers102/labels'].urls[0]} and put it there.")
+        file = self._there(LABELS)
+        if file is None:
+            raise AntherError(
+                f"{self._places[0] / LABELS} is missing; fetch {ASSETS['flowers102/labels'].urls[0]} and put it there."
+            )
         return file
+
+    def _there(self, name: str) -> Path | None:
+        return next((place / name for place in self._places if (place / name).is_file()), None)
 
     def make_splits(self, table: ImageTable) -> dict[str, Array]:
         """The authors' splits under the names that `roles` gives them, or those of `split`."""

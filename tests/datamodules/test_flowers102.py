@@ -132,6 +132,33 @@ def test_a_folder_per_species_may_be_split_by_seed(by_species):
     assert module.split_record()["official"] is False
 
 
+@pytest.mark.parametrize("where", ["archive", "folder in a folder"])
+def test_the_images_of_the_authors_alone(official, reference, tmp_path, where):
+    if where == "archive":
+        path = beside = official / "102flowers.tgz"
+    else:
+        path = tmp_path / "around"
+        beside = path / "set"
+        with tarfile.open(official / "102flowers.tgz") as archive:
+            archive.extractall(path / "anything", filter="data")
+    away = tmp_path / "away"
+    away.mkdir()
+    for name in ("imagelabels.mat", "setid.mat"):
+        (official / name).rename(away / name)
+    with pytest.raises(AntherError, match=rf"^{beside.parent}/imagelabels\.mat is missing; fetch https.* put it there"):
+        ready(path)
+    # A split by seed asks for no setid.mat.
+    shutil.copy(away / "imagelabels.mat", beside.parent)
+    module = ready(path, split={"train": 0.5, "val": 0.25, "test": 0.25})
+    assert set().union(*by_split(module).values()) == set().union(*reference.values())
+    with pytest.raises(AntherError, match=r"setid\.mat, which is not beside"):
+        ready(path)
+    (beside.parent / "imagelabels.mat").unlink()
+    cached = tmp_path / "cache" / "assets" / "flowers102"
+    shutil.copytree(away, cached)
+    assert by_split(ready(path)) == reference
+
+
 def test_some_species(official, by_species):
     shutil.copy(official / "setid.mat", by_species.parent)
     for path in (official, by_species):
