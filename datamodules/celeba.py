@@ -10,7 +10,7 @@ import torch
 
 from datamodules.archives import extract
 from datamodules.base import Array, ImageTable
-from datamodules.folders import FolderImages, image_files
+from datamodules.folders import FolderImages, PlainFolder, image_files
 from diffusion.assets import cache_dir
 from diffusion.errors import AntherError
 from diffusion.files import sha256
@@ -29,6 +29,8 @@ PARTITION = _File(
 )
 ATTRIBUTES = _File("list_attr_celeba.txt", 26721026, "f0e5da289d5ccf75ffe8811132694922b60f2af59256ed362afa03fefba324d0")
 PAGE = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
+PAGE_HQ = "https://github.com/switchablenorms/CelebAMask-HQ"
+MASKS = "CelebAMask-HQ-mask-anno"
 COUNTS = {"train": 162_770, "val": 19_867, "test": 19_962}
 
 
@@ -126,6 +128,25 @@ class CelebA(FolderImages):
         if name not in values:
             raise AntherError(f"{self.folder / ATTRIBUTES.name} has no line for {name}; get it again.")
         return values[name]
+
+
+class CelebAHQ(PlainFolder):
+    """30,000 faces of CelebA at 1,024 px (Karras et al., ICLR 2018, arXiv 1710.10196), or smaller copies of them.
+
+    A folder or archive of images, such as `CelebAMask-HQ.zip` (Lee et al., CVPR 2020), whose masks are left out.
+    """
+
+    def find(self, root: Path) -> tuple[list[Path], list[int], list[str]]:
+        """See `FolderImages`."""
+        files, _, class_names = super().find(root)
+        faces = [file for file in files if MASKS not in file.relative_to(root).parts]
+        return faces, [0] * len(faces), class_names
+
+    def _remedy(self, archive: str) -> str:
+        return (
+            f"download CelebAMask-HQ.zip from {PAGE_HQ}, whose CelebA-HQ-img/ has the 30,000 faces, and put it there "
+            f"as {archive} or name it by data.path"
+        )
 
 
 def read_partition(path: Path) -> dict[str, int]:

@@ -179,9 +179,14 @@ class FolderImages(ImageDataModule):
             if candidate.is_file():
                 return self._unpacked(candidate)
         raise AntherError(
-            f"the images are not there: neither {path} nor {beside[0].name} beside it exists; give "
-            f"data.path=/path/to/{beside[0].name} (a folder, an archive or an address), or choose data=flowers210, "
-            "which is fetched by itself."
+            f"the images are not there: neither {path} nor {beside[0].name} beside it exists; "
+            f"{self._remedy(beside[0].name)}."
+        )
+
+    def _remedy(self, archive: str) -> str:
+        return (
+            f"give data.path=/path/to/{archive} (a folder, an archive or an address), or choose data=flowers210, which "
+            "is fetched by itself"
         )
 
     def _unpacked(self, archive: Path) -> Path:

@@ -1,0 +1,62 @@
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
+
+from datamodules.celeba import MASKS
+from diffusion.build import build
+from diffusion.errors import AntherError
+
+CONF = Path(__file__).parents[2] / "conf"
+N = 20
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ANTHER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def faces(tmp_path):
+    """Copies of 256 px beside originals of 1,024 px."""
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for k in range(N):
+        side = (256, 1024)[k % 2]
+        small = Image.fromarray(rng.integers(0, 256, (5, 4, 3), np.uint8))
+        small.resize((side, side)).save(folder / f"{k:05d}.png")
+    return folder
+
+
+def ready(path, **settings):
+    words = [f"data.{key}={value}" for key, value in ({"path": path, "batch_size": 2} | settings).items()]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("analyze", ["data=celeba_hq", *words])
+    module = build(OmegaConf.to_container(cfg.data, resolve=True))
+    module.prepare_data()
+    module.setup()
+    return module
+
+
+def test_the_masks_of_celebamask_hq_are_no_faces(faces, tmp_path):
+    with zipfile.ZipFile(tmp_path / "CelebAMask-HQ.zip", "w") as archive:
+        for file in faces.iterdir():
+            archive.write(file, f"CelebAMask-HQ/CelebA-HQ-img/{file.name}")
+            archive.write(file, f"CelebAMask-HQ/{MASKS}/0/{file.stem}_skin.png")
+        archive.writestr("CelebAMask-HQ/CelebA-HQ-to-CelebA-mapping.txt", "idx orig_idx orig_file")
+    table = ready(tmp_path / "CelebAMask-HQ.zip", size=8).table
+    assert table.names == tuple(f"CelebA-HQ-img/{k:05d}.png" for k in range(N))
+
+
+def test_what_is_missing_is_named(tmp_path):
+    said = (
+        r"neither .*/celeba_hq nor celeba_hq\.zip beside it exists; download CelebAMask-HQ\.zip from https.* and put "
+        r"it there as celeba_hq\.zip or name it by data\.path\.$"
+    )
+    with pytest.raises(AntherError, match=said):
+        ready(tmp_path / "celeba_hq")
