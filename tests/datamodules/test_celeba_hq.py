@@ -43,6 +43,20 @@ def ready(path, **settings):
     return module
 
 
+@pytest.mark.parametrize("size", [64, 256])
+def test_faces_of_256_and_1024_pixels(faces, size):
+    module = ready(faces, size=size)
+    assert module.describe() == f"celeba_hq: 18 train, 2 val images, 3×{size}×{size}, 1 class (face)"
+    assert module.table.names == tuple(f"{k:05d}.png" for k in range(N))
+    for k in (0, 1):
+        whole = Image.open(faces / f"{k:05d}.png")
+        assert whole.size == ((256, 256), (1024, 1024))[k]
+        expected = np.asarray(whole.resize((size, size), Image.Resampling.BICUBIC))
+        assert np.array_equal(module.table.images[k].transpose(1, 2, 0), expected)
+    assert sorted(np.concatenate(list(module.splits.values()))) == list(range(N))
+    assert next(iter(module.train_dataloader()))["image"].shape == (2, 3, size, size)
+
+
 def test_the_masks_of_celebamask_hq_are_no_faces(faces, tmp_path):
     with zipfile.ZipFile(tmp_path / "CelebAMask-HQ.zip", "w") as archive:
         for file in faces.iterdir():
