@@ -219,7 +219,9 @@ def progress_picture(run: Path, most: int = 10) -> "Image.Image":
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    paths = sorted((run / "samples").glob("step-*.png"))
+    # By number: as text, a million comes before two hundred thousand.
+    steps = {path: int(path.stem.rpartition("-")[2]) for path in (run / "samples").glob("step-*.png")}
+    paths = sorted(steps, key=steps.__getitem__)
     if not paths:
         raise AntherError(f"there are no pictures in {run / 'samples'}: give the folder of a run of train.py.")
     count = min(most, len(paths))
@@ -235,7 +237,7 @@ def progress_picture(run: Path, most: int = 10) -> "Image.Image":
     for path, picture in zip(chosen, pictures, strict=True):
         record = path.with_suffix(".json")
         epoch = json.loads(record.read_text())["epoch"] if record.exists() else None
-        text = f"step {int(path.stem.rpartition('-')[2]):,}" + ("" if epoch is None else f", epoch {epoch}")
+        text = f"step {steps[path]:,}" + ("" if epoch is None else f", epoch {epoch}")
         draw.text((6, top + 3), text, fill="black", font=ImageFont.load_default(size=14))
         page.paste(picture, (0, top + line))
         top += picture.height + line

@@ -183,6 +183,11 @@ def test_samples_over_training_stand_below_each_other(tmp_path):
     page = np.asarray(progress_picture(tmp_path, most=3))
     assert page.shape == (3 * 42, 30, 3)
     assert [int(page[42 * k + 41, 29, 0]) for k in range(3)] == [0, 90, 180]
+    # Six digits, and seven.
+    for step, red in ((200_000, 210), (1_000_000, 240)):
+        Image.new("RGB", (30, 20), (red, 0, 0)).save(tmp_path / "samples" / f"step-{step:06d}.png")
+    page = np.asarray(progress_picture(tmp_path, most=20))
+    assert [int(row[29, 0]) for row in page.reshape(-1, 42, 30, 3)[:, 41]][-3:] == [180, 210, 240]
     with pytest.raises(AntherError, match="no pictures"):
         progress_picture(tmp_path / "nowhere")
 
