@@ -234,7 +234,11 @@ def _bars(axes: "Axes", metric: str, entries: Sequence[Entry]) -> None:
     values = [entry.value(metric) for entry in entries]
     spreads = [(entry.value(SPREADS[metric]) or 0.0) if metric in SPREADS else 0.0 for entry in entries]
     axes.barh(places, [v or 0.0 for v in values], xerr=spreads, height=0.65, color=BLUE, alpha=0.85, ecolor=GREY)
-    axes.set_yticks(places, [f"{entry.model} ({entry.drawn})" for entry in entries], fontsize=7)
+    names = [f"{entry.model} ({entry.drawn})" for entry in entries]
+    names = [
+        name if names.count(name) == 1 else f"{name}, {entry.run}" for name, entry in zip(names, entries, strict=True)
+    ]
+    axes.set_yticks(places, names, fontsize=7)
     axes.grid(False, axis="y")
     for place, (value, spread) in enumerate(zip(values, spreads, strict=True)):
         said = "none" if value is None else number(value)

@@ -6,7 +6,7 @@ from PIL import Image
 from diffusion.errors import AntherError
 from diffusion.evaluation.metric import Result
 from diffusion.evaluation.report import write_metrics
-from diffusion.evaluation.scoreboard import cells, collect, main, markdown
+from diffusion.evaluation.scoreboard import cells, collect, draw, main, markdown
 from tests.diffusion.evaluation.fake_run import RUN
 
 PROTOCOL = {"N_real": 6149, "split": "train", "image_shape": [3, 64, 64], "weights_sha256": "67" * 32}
@@ -104,6 +104,19 @@ def test_the_command_prints_writes_and_draws(runs, capsys):
     assert Image.open(runs / "board.png").width > 1000
     main([str(runs), "--markdown"])
     assert capsys.readouterr().out.count("| model | run |") == 4
+
+
+def test_runs_of_one_experiment_are_told_apart_in_the_picture(runs):
+    evaluation(runs / "again" / "evaluation", "flowers102", 130.0)
+    panels = [panel for panel in draw(collect(runs)).axes if "FID" in panel.get_title()]
+    labels = [[label.get_text() for label in panel.get_yticklabels()] for panel in panels]
+    assert [
+        "flowers102_seed004 (DDIM 50)",
+        "flowers102 (DDIM 50), adm/evaluation",
+        "flowers102 (DDIM 50), again/evaluation",
+        "vae_flowers102 (one call)",
+    ] in labels
+    assert ["flowers102 (DDIM 50)"] in labels
 
 
 def test_what_has_no_fid_is_named(runs, capsys, tmp_path_factory):
