@@ -104,13 +104,16 @@ def find(table: ImageTable, measured: Measured, side: int, limits: Limits, reaso
         scores = issues[f"{column}_score"].map(lambda score: f"score {score:.3f}")
         add(reason, np.flatnonzero(issues[f"is_{column}_issue"]), details.get(reason, scores))
     order = _by_precedence(frame, {finding.name for finding in found if finding.reason in reasons})
-    for kept, gone in _twins(order, ((a, b) for group in same for a in group for b in group)):
+    rank = np.argsort(order)
+    # One pair for each that goes, not all pairs of a set: thousands of copies of a placeholder would fill the memory.
+    stars = ((kept, k) for group in same for kept in [min(group, key=rank.__getitem__)] for k in group)
+    for kept, gone in _twins(order, stars):
         found.append(_twin(frame, "exact_duplicate", "the same pixels", kept, gone))
     alike = {finding.name for finding in found if finding.reason == "exact_duplicate"}
     left = order[~frame["name"].iloc[order].isin(alike).to_numpy()]
-    pairs = near_pairs(table, frame["row"].to_numpy(), measured.hashes, limits)
-    known = {(a, b) for group in same for a in group for b in group}
-    near = {(a, b): value for (a, b), value in pairs.items() if (a, b) not in known}
+    rows = np.sort(left)
+    pairs = near_pairs(table, frame["row"].to_numpy()[rows], measured.hashes[rows], limits)
+    near = {(int(rows[a]), int(rows[b])): value for (a, b), value in pairs.items()}
     for kept, gone in _twins(left, near):
         value = near[(min(kept, gone), max(kept, gone))]
         found.append(_twin(frame, "near_duplicate", f"differs by {value:.1f} of 255", kept, gone))

@@ -8,6 +8,7 @@ import torch
 import yaml
 from PIL import Image, ImageEnhance, ImageFilter
 
+from datamodules.analysis import cleansing
 from datamodules.analysis.cleansing import REASONS, Limits, _by_precedence, _twins, find, near_pairs
 from datamodules.analysis.measure import measure_all
 from datamodules.base import ImageTable
@@ -188,6 +189,36 @@ def test_the_same_bytes_in_another_shape_are_no_exact_duplicate(tmp_path, clean)
     }
     _, listed = run(make_table(tmp_path, clean | flat))
     assert "exact_duplicate" not in {reason for _, reason, _ in listed}
+
+
+def test_thousands_of_copies_are_compared_once(monkeypatch):
+    # A placeholder 3,000 times, the same one a little brighter, and noise.
+    images = np.zeros((3002, 3, 32, 32), np.uint8)
+    images[:3000, :, 8:24, 8:24] = 200
+    images[3000] = images[0] + 5
+    images[3001] = np.random.default_rng(0).integers(0, 256, (3, 32, 32))
+    table = ImageTable(
+        images=images,
+        labels=torch.zeros(3002, dtype=torch.int64),
+        class_names=("rose",),
+        names=tuple(f"{k:04d}" for k in range(3002)),
+        captions=("",) * 3002,
+        digest="0",
+    )
+    compared = []
+
+    def counted(table, rows, *others):
+        compared.append(rows.tolist())
+        return near_pairs(table, rows, *others)
+
+    monkeypatch.setattr(cleansing, "near_pairs", counted)
+    splits = {"train": np.delete(np.arange(3002), 2000), "test": np.array([2000])}
+    found = find(table, measure_all(table, splits), 32, Limits(), LISTED)
+    exact = [finding for finding in found if finding.reason == "exact_duplicate"]
+    assert len(exact) == 2999
+    assert {finding.kept for finding in exact} == {"2000"}  # the one in test
+    assert [(f.name, f.kept) for f in found if f.reason == "near_duplicate"] == [("3000", "2000")]
+    assert [sorted(rows) for rows in compared] == [[2000, 3000, 3001]]
 
 
 def test_where_most_are_grey_grey_is_no_fault(tmp_path, clean):
