@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from PIL import Image
 
 from datamodules.base import ImageDataModule, random_split
 from datamodules.folders import FolderImages
@@ -40,6 +41,20 @@ def test_a_test_split_can_be_held_out(name):
     module = build(OmegaConf.to_container(cfg.data, resolve=True))
     sizes = {split: len(rows) for split, rows in random_split(100, module.split, module.split_seed).items()}
     assert sizes == {"train": 80, "val": 10, "test": 10}
+
+
+def test_all_five_species_of_tf_flowers(tmp_path, monkeypatch):
+    monkeypatch.setenv("ANTHER_CACHE", str(tmp_path / "cache"))
+    nouns = {"daisy": "daisy", "dandelion": "dandelion", "roses": "rose", "sunflowers": "sunflower", "tulips": "tulip"}
+    for k, folder in enumerate(nouns):
+        (tmp_path / "flower_photos" / folder).mkdir(parents=True)
+        Image.new("RGB", (9, 8), (40 * k, 0, 0)).save(tmp_path / "flower_photos" / folder / "1.jpg")
+    words = ["data=tf_flowers", "data.classes=null", f"data.path={tmp_path / 'flower_photos'}", "data.size=8"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("analyze", words)
+    table = build(OmegaConf.to_container(cfg.data, resolve=True)).load()
+    assert table.class_names == tuple(nouns)
+    assert table.captions == tuple(f"A photo of a {noun}" for noun in nouns.values())
 
 
 def test_every_data_set_stands_in_the_guide():
