@@ -20,6 +20,10 @@ def _fresh_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def files(tmp_path):
+    return write_files(tmp_path)
+
+
+def write_files(tmp_path):
     """The files of the authors, in their formats, for twelve images of 178 x 218."""
     folder = tmp_path / "data" / "celeba"
     folder.mkdir(parents=True)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datamodules.celeba import read_attributes, read_partition
 from datamodules.exclusion import read_exclusions
 from datamodules.folders import FolderImages
+from tests.datamodules.test_celeba import write_files
 
 Call = Callable[..., Path]
 Refused = Callable[..., str]
@@ -111,6 +113,19 @@ def test_a_folder_with_one_of_each_fault(call: Call, faulty: Path, tmp_path: Pat
         split: len(rows) for split, rows in module.splits.items()
     }
     assert not [f for f in read_exclusions(again / "findings.csv") if f.reason in {e.reason for e in listed}]
+
+
+def test_the_attributes_of_celeba(call: Call, tmp_path: Path) -> None:
+    files = write_files(tmp_path)
+    folder = call("analyze.py", "data=celeba", f"data.path={files}", "data.size=16", "data.batch_size=2")
+    found = json.loads((folder / "analysis.json").read_text())["attributes"]
+    names, values = read_attributes(files / "list_attr_celeba.txt")
+    parts = read_partition(files / "list_eval_partition.txt")
+    for k, split in enumerate(("train", "val", "test")):
+        shares = np.mean([values[name] for name, part in parts.items() if part == k], 0)
+        assert found[split] == pytest.approx(dict(zip(names, shares, strict=True)))
+    assert Image.open(folder / "plots" / "attributes.png").width > 300
+    assert "Share of the images with each attribute" in (folder / "report.html").read_text()
 
 
 def test_other_reasons_and_limits(call: Call, faulty: Path) -> None:
