@@ -1,10 +1,19 @@
 """The unconditional experiments with their own data modules: what they describe can be built."""
 
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from diffusion.build import build
+from diffusion.checkpoint import load_model
+from diffusion.evaluation.subject import described
+from tests.e2e.conftest import Run
 from tests.e2e.test_train import ROOT
 
 EXPERIMENTS = {
@@ -29,3 +38,31 @@ def test_data_and_network_fit_each_other(experiment: str, sampler: str) -> None:
     assert tuple(build(parts["data"]).image_shape) == module.image_shape == shape
     assert sum(p.numel() for p in module.trained.parameters()) == count
     assert (type(module.sampler).__name__ == sampler.upper()) == (module.T is not None)
+
+
+@pytest.mark.parametrize(
+    "variant", ["network=resnet_unet", "network=noattention_unet", "network.act=silu", "network.norm=post"]
+)
+def test_files_of_seed_004s_networks_load_by_the_guides_commands(
+    variant: str, command: Run, call: Callable[..., Path], tmp_path: Path
+) -> None:
+    guide = (ROOT / "docs" / "unconditional.md").read_text()
+    print_config, evaluate = re.findall(r"^python (.*theirs\.yaml)$", guide, re.MULTILINE)
+    script, *words, _, written = shlex.split(print_config.replace("network=resnet_unet", variant))
+    theirs = tmp_path / written
+    theirs.write_text(command(script, *words).stdout)
+    torch.manual_seed(3)
+    node = described(str(theirs))["module"]["denoiser"]["network"]
+    network = build(node)
+    torch.save(network.state_dict(), tmp_path / "theirs.pth")
+    model = load_model(tmp_path / "theirs.pth", described(str(theirs)))
+    assert model.config["module"]["denoiser"]["network"] == node
+    x, t = torch.randn(1, 3, 64, 64), torch.tensor([0.5])
+    with torch.no_grad():
+        assert torch.equal(model.trained(x, t, None), network.eval()(x, t, None))
+    if variant == "network=resnet_unet":
+        script, *words = shlex.split(evaluate.replace("theirs.", f"{tmp_path}/theirs."))
+        quick = ["num_images=2", "sampler=ddim", "sampler.steps=1", "trainer=cpu"]
+        without = ["inception=null", "nearest=null", "dataset=null", "embedding=null"]
+        folder = call(script, *words, *quick, *without, folder=tmp_path / "evaluation")
+        assert (folder / "metrics.json").exists()
