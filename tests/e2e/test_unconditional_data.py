@@ -40,6 +40,56 @@ def test_data_and_network_fit_each_other(experiment: str, sampler: str) -> None:
     assert (type(module.sampler).__name__ == sampler.upper()) == (module.T is not None)
 
 
+SEED_004: dict[str, dict[str, object]] = {
+    "flowers102_seed004": {
+        "module._target_": "diffusion.modules.diffusion.Diffusion",
+        "module.denoiser.schedule": {
+            "_target_": "diffusion.schedules.Linear",
+            "T": 200,
+            "beta_start": 0.0001,
+            "beta_end": 0.02,
+        },
+        "module.denoiser.target": "eps",
+        "module.denoiser.loss": "huber",
+        "module.denoiser.weighting._target_": "diffusion.weighting.unit",
+        "module.times": "uniform",
+        "module.optimizer": {"_target_": "torch.optim.Adam", "_partial_": True, "lr": 0.001},
+        "module.sampler._target_": "diffusion.samplers.DDPM",
+        "module.sampler.steps": None,
+        "module.sampler.clip": False,
+        "data.roles": {"train": "test", "val": "val", "test": "train"},
+        "trainer.max_epochs": 40,
+    },
+    "vae_flowers102": {
+        "module._target_": "diffusion.modules.autoencoder.VariationalAutoencoder",
+        "module.loss": "bce",
+        "module.kl_weight": 1.0,
+        "module.optimizer": {"_target_": "torch.optim.Adam", "_partial_": True, "lr": 0.0001},
+        "data.roles": None,
+        "trainer.max_epochs": 100,
+    },
+}
+BOTH = {
+    "module.scheduler": None,
+    "data.size": 64,
+    "data.batch_size": 32,
+    "trainer.max_steps": -1,
+    "trainer.gradient_clip_val": None,
+    "trainer.accumulate_grad_batches": 1,
+    "callbacks.ema": None,
+}
+
+
+@pytest.mark.parametrize("experiment", SEED_004)
+def test_the_settings_are_those_of_seed_004(experiment: str) -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = compose("train", [f"experiment={experiment}"])
+    expected = SEED_004[experiment] | BOTH
+    found = {key: OmegaConf.select(composed, key) for key in expected}
+    plain = {key: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for key, v in found.items()}
+    assert plain == expected
+
+
 @pytest.mark.parametrize(
     "variant", ["network=resnet_unet", "network=noattention_unet", "network.act=silu", "network.norm=post"]
 )
