@@ -16,6 +16,8 @@ import train
 from diffusion import checkpoint, cli
 from diffusion.checkpoint import load_model
 from diffusion.evaluation.embeddings import open_rows
+from diffusion.evaluation.inception import Extractor, Features
+from diffusion.evaluation.scoreboard import collect
 from diffusion.evaluation.subject import load_data
 from diffusion.images import from_uint8, to_uint8
 from tests.e2e.test_train import DRAWN, ROOT
@@ -146,3 +148,45 @@ def test_another_kind_of_model_does_not_go_on_from_it(vae: Path, refused: Callab
     assert "holds another model" in refused("train.py", *diffusion, f"ckpt={vae}", folder=tmp_path / "other")
     wider = [*TINY, "network.latent_dim=64", "trainer.max_epochs=3"]
     assert "latent_dim = 128 there and 64 here" in refused("train.py", *wider, f"ckpt={vae}", folder=tmp_path / "other")
+
+
+class Corners(Extractor):
+    """In the place of Inception: twelve numbers of an image."""
+
+    dim = 12
+
+    def __init__(self) -> None:
+        self.has_logits, self.one_channel, self.weights_hash = False, "refuse", "c0" * 32
+        self.protocol = {"extractor": "corners", "weights_sha256": self.weights_hash}
+
+    def features(self, images: torch.Tensor, batch_size: int = 32, label: str | None = None) -> Features:
+        return Features(images[:, :, :2, :2].flatten(1).numpy().astype(np.float32) / 255)
+
+
+def test_it_stands_on_one_scoreboard_with_a_diffusion_model(
+    vae: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusion.evaluation.scoring.load_extractor", lambda *_: Corners())
+    tiny = [*DRAWN, "data.n_train=16", "data.size=16", "network.dim=16", "trainer.accelerator=cpu"]
+    run = call("train.py", "experiment=flowers102_seed004", *tiny, "trainer.max_steps=2", "T=4", folder=tmp_path / "x")
+    runs = tmp_path / "runs"
+    asked = ["num_images=6", "inception.few_images=allow", "nearest=null", "dataset=null", "embedding=null"]
+    for name, ckpt in (("unet", run / "checkpoints" / "last.ckpt"), ("vae", vae)):
+        call("evaluate.py", f"ckpt={ckpt}", *asked, folder=runs / name)
+    # Neither other images nor other reals come into their group.
+    call("evaluate.py", f"ckpt={vae}", *asked, "reconstruct=train", folder=runs / "back")
+    call("evaluate.py", f"ckpt={vae}", *asked, "inception.split=train", folder=runs / "train")
+    board = collect(runs)
+    assert board.left_out == []
+    groups = {frozenset(entry.run for entry in entries): setting for setting, entries in board.groups.items()}
+    assert set(groups) == {frozenset({"unet", "vae"}), frozenset({"back"}), frozenset({"train"})}
+    setting = groups[frozenset({"unet", "vae"})]
+    assert (setting.n, setting.n_real, setting.image_shape, setting.split) == (6, 20, (3, 16, 16), "all")
+    entries = board.groups[setting]
+    assert {(entry.model, entry.drawn) for entry in entries} == {
+        ("flowers102_seed004", "DDPM 4"),
+        ("vae_flowers102", "one call"),
+    }
+    values = [entry.value("fid") for entry in entries]
+    assert None not in values
+    assert values == sorted(values)
