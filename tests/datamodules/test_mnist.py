@@ -43,7 +43,8 @@ def test_idx_is_read_strictly(content, message):
 
 def test_damaged_gzip(tmp_path):
     content = gzip.compress(os.urandom(1000))
-    for k, damaged in enumerate([content[:-1], content[:500], content[:500] + b"x" + content[501:], b"plain"]):
+    changed = content[:500] + bytes([content[500] ^ 1]) + content[501:]
+    for k, damaged in enumerate([content[:-1], content[:500], changed, b"plain"]):
         file = tmp_path / f"{k}.gz"
         file.write_bytes(damaged)
         with pytest.raises(AntherError, match=r"\.gz is damaged"):

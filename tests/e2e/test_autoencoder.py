@@ -163,6 +163,7 @@ class Corners(Extractor):
         return Features(images[:, :, :2, :2].flatten(1).numpy().astype(np.float32) / 255)
 
 
+@pytest.mark.slow
 def test_it_stands_on_one_scoreboard_with_a_diffusion_model(
     vae: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

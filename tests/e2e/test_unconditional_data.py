@@ -91,7 +91,13 @@ def test_the_settings_are_those_of_seed_004(experiment: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "variant", ["network=resnet_unet", "network=noattention_unet", "network.act=silu", "network.norm=post"]
+    "variant",
+    [
+        "network=resnet_unet",
+        pytest.param("network=noattention_unet", marks=pytest.mark.slow),
+        pytest.param("network.act=silu", marks=pytest.mark.slow),
+        pytest.param("network.norm=post", marks=pytest.mark.slow),
+    ],
 )
 def test_files_of_seed_004s_networks_load_by_the_guides_commands(
     variant: str, command: Run, call: Callable[..., Path], tmp_path: Path
