@@ -1,5 +1,6 @@
 """Checkpoints: what one is, whether it fits, and the model inside."""
 
+import json
 import shlex
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -17,9 +18,12 @@ from diffusion.modules.diffusion import Diffusion
 from diffusion.modules.generator import Generator
 from diffusion.networks.unet import UNet
 from diffusion.networks.upstream import load_upstream, read_state
+from diffusion.ranks import learnt
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 """Of a run: the checkpoint that it goes on from, and the one before."""
+
+_BATCHES = ("devices", "num_nodes", "accumulate_grad_batches")  # of the trainer: how many batches make one
 
 
 def read(path: Path | str) -> dict[str, Any]:
@@ -97,6 +101,38 @@ def check_fits(checkpoint: Mapping[str, Any], config: Mapping[str, Any], path: P
         raise AntherError(
             f"{path} holds another model: {found}; give the same settings, or another hydra.run.dir or ckpt."
         )
+
+
+def check_goes_on(before: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> None:
+    """Refuses to go on in a folder with a training that is another than its checkpoint's.
+
+    Args:
+        before: config of the folder's last checkpoint.
+        config: of now; what it says of the optimizer is taken over, see `modules.learning_rate.retune`.
+        folder: of the run.
+
+    Raises:
+        AntherError: naming what differs.
+    """
+    there, here = (_trained(json.loads(json.dumps(settings))) for settings in (before, config))
+    if any(before["trainer"].get(key) != config["trainer"].get(key) for key in _BATCHES):
+        # To train the same on other numbers of devices, the batch of each is made another.
+        there["data"].pop("batch_size", None)
+        here["data"].pop("batch_size", None)
+    if found := differences(there, here):
+        raise AntherError(
+            f"{folder} holds a run with other settings: {found}; give the same settings, or choose another "
+            "hydra.run.dir."
+        )
+
+
+def _trained(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that change what is learnt from here on, but those of the optimizer."""
+    parts = learnt(config)
+    # Which images there are is known from the images themselves.
+    drawn = {"module": ("optimizer", "sampler", "weight", "interval", "rescale")}
+    drawn["data"] = ("val_batch_size", "name", "split", "split_seed", "exclude")
+    return parts | {part: {k: v for k, v in parts[part].items() if k not in drawn[part]} for part in drawn}
 
 
 def _model(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -174,10 +174,11 @@ def changed(folder: Path, config: Mapping[str, Any]) -> str:
         before = json.loads(path.read_text())["config"]
     except (OSError, ValueError, KeyError) as error:
         raise AntherError(f"{path} is damaged: choose another hydra.run.dir, or delete that file.") from error
-    return differences(_learnt(before), _learnt(json.loads(json.dumps(config))))
+    return differences(learnt(before), learnt(json.loads(json.dumps(config))))
 
 
-def _learnt(config: Mapping[str, Any]) -> dict[str, Any]:
+def learnt(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that make a training another."""
     elsewhere = ("path", "num_workers")  # where the data lie, and how fast they come
     data = {key: value for key, value in (config.get("data") or {}).items() if key not in elsewhere}
     return {"seed": config.get("seed"), "data": data, "module": config.get("module")}

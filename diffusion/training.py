@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from diffusion import checkpoint
@@ -20,6 +21,7 @@ from diffusion.files import atomic, sha256
 from diffusion.loggers import finish
 from diffusion.loss_curve import draw_losses
 from diffusion.modules.generator import Generator
+from diffusion.modules.learning_rate import retune
 from diffusion.rng import check_seed
 
 
@@ -42,7 +44,9 @@ def train(config: dict[str, Any], folder: Path) -> float:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     check_seed(config["seed"])
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
-    resume, began = _resume_from(folder, config)
+    resume, before = _resume_from(folder, config)
+    own = resume is not None and resume.parent == folder / "checkpoints"
+    began = before.get("ckpt") if own or resume is None else str(resume.absolute())
     # Every checkpoint of a run holds what the run began from, whatever the command said that went on with it.
     config = {**config, "ckpt": began}
     datamodule = build(config["data"], "data")
@@ -51,7 +55,7 @@ def train(config: dict[str, Any], folder: Path) -> float:
     trainer = build(
         config["trainer"],
         "trainer",
-        callbacks=_parts(config, "callbacks"),
+        callbacks=[*_parts(config, "callbacks"), _Retune()],
         logger=_parts(config, "logger"),
     )
     # With `deterministic` torch fills new memory with NaN, to show who reads it before writing: a trial run will do.
@@ -61,8 +65,9 @@ def train(config: dict[str, Any], folder: Path) -> float:
     datamodule.prepare_data()
     datamodule.setup("fit")
     if not trainer.fast_dev_run:
-        own = resume is not None and resume.parent == folder / "checkpoints"
         _same_data(datamodule, module, config, folder, trainer, own)
+        if own:
+            checkpoint.check_goes_on(before, config, folder)
     _announce(config, datamodule, module, trainer, resume, folder)
     started = time.monotonic()
     trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
@@ -86,8 +91,8 @@ def _parts(config: Mapping[str, Any], group: str) -> list[Any]:
     return [build(node, f"{group}.{name}") for name, node in nodes if node and "_target_" in node]
 
 
-def _resume_from(folder: Path, config: Mapping[str, Any]) -> tuple[Path | None, str | None]:
-    """The run's own last checkpoint, else the one that `ckpt` names, else None; and which one the run began from.
+def _resume_from(folder: Path, config: Mapping[str, Any]) -> tuple[Path | None, dict[str, Any]]:
+    """The run's own last checkpoint, else the one that `ckpt` names, else None; and the config in it.
 
     Raises:
         AntherError: the checkpoint is of another model, or `ckpt` is not what the folder's run began from.
@@ -96,16 +101,23 @@ def _resume_from(folder: Path, config: Mapping[str, Any]) -> tuple[Path | None, 
     asked = Path(config["ckpt"]) if config["ckpt"] else None
     path = last if last.exists() else asked
     if path is None:
-        return None, None
+        return None, {}
     content = checkpoint.read(path)
-    began = content["config"].get("ckpt") if path == last else str(path.absolute())
+    began = content["config"].get("ckpt")
     if asked is not None and path == last and not any(_same(asked, own) for own in (began, last) if own):
         raise AntherError(
             f"{folder} holds a run that began from {began or 'nothing'} and goes on from its own {last.name}, not from "
             f"ckpt={asked}: leave ckpt out to go on with it, or choose another hydra.run.dir."
         )
     checkpoint.check_fits(content, config, path)
-    return path, began
+    return path, content["config"]
+
+
+class _Retune(Callback):
+    """Lets what the command says of the optimizer hold in a run that goes on, too."""
+
+    def on_load_checkpoint(self, trainer: lightning.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        retune(checkpoint, pl_module.config)
 
 
 def _same(one: Path, other: Path | str) -> bool:

@@ -1,11 +1,14 @@
 """How the learning rate moves: each function returns what Lightning calls an `lr_scheduler` config."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
+from diffusion.build import rebuild
 from diffusion.errors import AntherError
 
 
@@ -47,3 +50,29 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup_steps: int, fin
         return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
 
     return {"scheduler": LambdaLR(optimizer, share), "interval": "step"}
+
+
+def retune(checkpoint: dict[str, Any], config: Mapping[str, Any]) -> None:
+    """Puts what a config changes in the optimizer into a checkpoint, which would otherwise bring back its own.
+
+    The schedule goes on from where it was, at the new rate. Where nothing was changed, the checkpoint stays as it is.
+
+    Args:
+        checkpoint: of train.py; its states of the optimizer and of the schedule are changed in place.
+        config: of the run that goes on.
+    """
+    nodes = [settings["module"].get("optimizer") for settings in (checkpoint["config"], config)]
+    if nodes[0] == nodes[1]:
+        return
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    old, new = (rebuild(node, "optimizer")([parameter]).defaults for node in nodes)
+    changed = {key: value for key, value in new.items() if old.get(key) != value}
+    rate = changed.pop("lr", None)
+    for group in (group for state in checkpoint["optimizer_states"] for group in state["param_groups"]):
+        group.update(changed)
+        if rate is not None:
+            group["lr"] = rate * (group["lr"] / old["lr"] if old["lr"] else 1.0)
+            group |= {"initial_lr": rate} if "initial_lr" in group else {}
+    for schedule in checkpoint["lr_schedulers"]:
+        if rate is not None and "base_lrs" in schedule:
+            schedule["base_lrs"] = [rate] * len(schedule["base_lrs"])

@@ -115,6 +115,54 @@ def test_a_run_that_began_from_ckpt_goes_on_with_the_same_command_and_with_no_ot
     assert "began from nothing and" in sentence
 
 
+@pytest.mark.parametrize("scheduler", ["plateau", "warmup_cosine"])
+def test_a_rate_that_is_changed_holds_from_the_checkpoint_on(scheduler: str, call: Call, tmp_path: Path) -> None:
+    quick = [*TINY, "callbacks=fit", f"scheduler={scheduler}"]
+    first = call("train.py", *quick, "trainer.max_steps=4", folder=tmp_path / "first")
+    last = first / "checkpoints" / "last.ckpt"
+    for folder, rate, steps, more in (
+        (first, 0.0003, 6, []),
+        (tmp_path / "second", 0.00003, 8, [f"ckpt={last}"]),
+    ):
+        changed = [f"trainer.max_steps={steps}", f"optimizer.lr={rate}", "+optimizer.weight_decay=0.1"]
+        call("train.py", *quick, *changed, *more, folder=folder)
+        saved = checkpoint.read(folder / "checkpoints" / "last.ckpt")
+        (group,), (schedule,) = saved["optimizer_states"][0]["param_groups"], saved["lr_schedulers"]
+        assert group["weight_decay"] == 0.1
+        if scheduler == "warmup_cosine":  # the place in the schedule is kept
+            assert group["initial_lr"] == rate
+            assert schedule["base_lrs"] == [rate]
+        assert group["lr"] == pytest.approx(rate if scheduler == "plateau" else rate * (steps + 1) / 100)
+
+
+def test_a_folder_goes_on_with_what_it_trains_and_with_other_limits(
+    call: Call, refused: Callable[..., str], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    quick = [*TINY, "callbacks=fit"]
+    folder = call("train.py", *quick, "trainer.max_steps=2")
+    last = folder / "checkpoints" / "last.ckpt"
+    before = last.read_bytes()
+    for word, says in {
+        "seed=1": "seed = 0 there and 1 here",
+        "loss=huber": "module.denoiser.loss = mse there and huber here",
+        "weighting=min_snr": "module.denoiser.weighting",
+        "data.batch_size=4": "data.batch_size = 8 there and 4 here",
+        "module.drop_prob=0.2": "module.drop_prob = 0.1 there and 0.2 here",
+        "scheduler=plateau": "module.scheduler",
+    }.items():
+        sentence = refused("train.py", *quick, "trainer.max_steps=4", word)
+        assert f"{folder} holds a run with other settings: " in sentence
+        assert says in sentence
+        assert "another hydra.run.dir" in sentence
+        assert last.read_bytes() == before
+    free = ["trainer.gradient_clip_val=0.5", "trainer.log_every_n_steps=1", "callbacks.last.every_n_steps=1"]
+    free += ["data.val_batch_size=4", "guidance.weight=2", "sampler=ddpm", "logger=none"]
+    # The same number of images in a step, as on other devices.
+    free += ["trainer.accumulate_grad_batches=2", "data.batch_size=4"]
+    call("train.py", *quick, "trainer.max_steps=4", *free)
+    assert checkpoint.read(last)["global_step"] == 4
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_command(command: Run, tmp_path: Path) -> None:
     overrides = [*TINY, "trainer.max_steps=24", "callbacks.last.every_n_steps=1", "callbacks.last.share=1.0"]
