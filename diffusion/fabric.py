@@ -22,13 +22,13 @@ def make_fabric(trainer: Mapping[str, Any], **instead: Any) -> Fabric:
         **instead: settings that replace those of the config.
 
     Raises:
-        AntherError: this machine does not have what the config asks for.
+        AntherError: this machine does not have what the config asks for, or see `check_precision`.
     """
     settings = {key: trainer[key] for key in _USED if key in trainer} | instead
     if isinstance(settings.get("strategy"), Mapping):
         settings["strategy"] = "ddp"  # its options are about gradients
     try:
-        return Fabric(**settings)
+        fabric = Fabric(**settings)
     except (ImportError, RuntimeError, ValueError, MisconfigurationException) as error:
         reason = " ".join(str(error).split())
         raise AntherError(
@@ -36,6 +36,24 @@ def make_fabric(trainer: Mapping[str, Any], **instead: Any) -> Fabric:
             f"strategy {settings.get('strategy')} and precision {settings.get('precision')} does not run here "
             f"({reason}): set trainer=cpu, or what this machine has."
         ) from error
+    check_precision(fabric._precision.precision)
+    return fabric
+
+
+def check_precision(precision: str) -> None:
+    """Refuses weights that are not float32, as the noise and the solvers are.
+
+    Args:
+        precision: Lightning's name of it.
+
+    Raises:
+        AntherError: it is one of those.
+    """
+    if precision.endswith("-true") and precision != "32-true":
+        raise AntherError(
+            f"trainer.precision={precision} gives the network other weights than float32, in which images are drawn: "
+            "set trainer.precision=bf16-mixed, which computes in bfloat16 around them, or 32-true."
+        )
 
 
 def on_rank_zero(fabric: Fabric, work: Callable[[], T]) -> T | None:

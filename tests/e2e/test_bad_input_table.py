@@ -67,6 +67,9 @@ TRAIN: list[tuple[list[str], list[str]]] = [
     ([*TINY, "trainer.max_steps=1.5"], ["trainer.max_steps = 1.5", "a whole number"]),
     ([*TINY, "trainer.gradient_clip_val=much"], ["trainer.gradient_clip_val = 'much'", "a number"]),
     ([*TINY, "trainer.precision=33-true"], ["trainer.precision = '33-true'", "32-true", "bf16-mixed"]),
+    ([*TINY, "trainer.precision=bf16-true"], ["trainer.precision=bf16-true", "bf16-mixed"]),
+    ([*TINY, "trainer.precision=16-true"], ["trainer.precision=16-true", "bf16-mixed"]),
+    ([*TINY, "trainer.precision=64"], ["trainer.precision=64-true", "bf16-mixed"]),
     ([*TINY, "data.batch_size=1.5"], ["data.batch_size = 1.5", "a whole number"]),
     ([*TINY, "data.batch_size=many"], ["data.batch_size = 'many'", "a whole number"]),
     ([*TINY, "data.drop_last=maybe"], ["data.drop_last = 'maybe'", "true or false"]),
@@ -194,6 +197,7 @@ SAMPLE: list[tuple[list[str], list[str]]] = [
     ([*DRAW, "sampler=ddpm", "sampler.variance=big"], ["variance", "beta_prev"]),
     ([*DRAW, "trainer.accelerator=gpu"], ["trainer.accelerator=gpu", "trainer=cpu"]),
     ([*DRAW, "trainer.precision=8"], ["precision 8"]),
+    ([*DRAW, "trainer.precision=bf16-true"], ["trainer.precision=bf16-true", "bf16-mixed"]),
     ([*DRAW, "model=flowers"], ["model"]),
 ]
 EVALUATE: list[tuple[list[str], list[str]]] = [
@@ -248,6 +252,7 @@ EVALUATE: list[tuple[list[str], list[str]]] = [
     ([*SCORE, "objective=5"], ["objective = 5"]),
     ([*SCORE, "objective=beauty"], ["objective", "beauty"]),
     ([*SCORE, "trainer.precision=8"], ["precision 8"]),
+    ([*SCORE, "trainer.precision=bf16-true"], ["trainer.precision=bf16-true", "bf16-mixed"]),
 ]  # fmt: skip
 APP: list[tuple[list[str], list[str]]] = [
     ([], ["RUN_FOLDER"]),
