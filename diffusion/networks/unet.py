@@ -145,7 +145,8 @@ class UNet(DenoisingNetwork):
         down0, skip1, skip2, up0 = features
         cond = self.condition(cond, len(t), down0)
         # Entry k of the schedule sits at t = k / T; the published networks were trained on the index k - 1.
-        time = sinusoidal((t - 1 / self.T).to(down0.dtype), self.t_embed_dim)
+        # In the weights' own precision: the maps are bfloat16 under autocast, which has not as many times as T.
+        time = sinusoidal((t - 1 / self.T).to(next(self.parameters()).dtype), self.t_embed_dim)
         up1 = self.up1(self.c_embed1(cond) * repeated(up0, len(cond)) + self.t_emb1(time), skip1)
         up2 = self.up2(self.c_embed2(cond) * up1 + self.t_emb2(time), skip2)
         output: Tensor = self.out(up2, down0)

@@ -285,3 +285,14 @@ def test_several_conditions_share_the_features_of_an_image(family, attention):
         nothing = network.decode(network.encode(x_t), t.repeat(2), None)
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
     torch.testing.assert_close(nothing, alone[4:8].repeat(2, 1, 1, 1), rtol=0, atol=1e-12)
+
+
+def test_autocast_leaves_every_time_its_own():
+    network = UNet(400, 3, 8, (32, 32, 32), c_embed_dim=4, family="handson")
+    seen = []
+    network.t_emb1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    t = torch.arange(1, 401, dtype=torch.float64) / 400
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        network.decode(network.encode(torch.randn(1, 3, 8, 8)), t, None)
+    assert seen[0].dtype == torch.float32
+    assert len(seen[0].unique(dim=0)) == 400
