@@ -22,7 +22,8 @@ from diffusion.files import atomic
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import WandbLogger
 
-FLUSH_SECONDS = 2.0  # between two looks at the log file from outside
+FLUSH_SECONDS = 2.0  # between two looks at the log file from outside, at least
+FLUSH_SHARE = 20  # and this many times as long as the last writing took, which grows with the run
 REACH_SECONDS = 10.0  # for the first answer of W&B's server
 FINISH_SECONDS = 300.0  # for the last of it
 
@@ -43,6 +44,7 @@ class CSVLog(Logger):
         self._rows: dict[int, dict[str, Any]] = {}
         self._begun = False
         self._written = 0.0
+        self._took = 0.0
 
     @property
     def name(self) -> str:
@@ -83,7 +85,7 @@ class CSVLog(Logger):
     @rank_zero_only
     def save(self) -> None:
         """Writes the file, unless that was done a moment ago."""
-        if time.monotonic() - self._written > FLUSH_SECONDS:
+        if time.monotonic() - self._written > max(FLUSH_SECONDS, FLUSH_SHARE * self._took):
             self._write()
 
     @rank_zero_only
@@ -106,12 +108,14 @@ class CSVLog(Logger):
     def _write(self) -> None:
         if not self._rows:
             return
+        began = time.monotonic()
         columns = ["step", *sorted({name for row in self._rows.values() for name in row})]
         with atomic(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows({"step": step, **row} for step, row in sorted(self._rows.items()))
         self._written = time.monotonic()
+        self._took = self._written - began
 
 
 def wandb_logger(

@@ -22,6 +22,7 @@ from callbacks.record import RunRecord
 from callbacks.samples import SampleGrid
 from callbacks.throughput import Throughput
 from callbacks.timestep_loss import TimestepLoss
+from diffusion.files import atomic
 from diffusion.loggers import CSVLog, finish, has_wandb_account, wandb_logger
 from tests.callbacks.tiny_training import Dots, module, nervous_plateau, trainer
 
@@ -68,6 +69,23 @@ def test_a_resumed_run_goes_on_in_the_same_file_without_repeated_steps(tmp_path)
     (tmp_path / "last.ckpt").write_bytes(resume_from)  # ... and then killed before it could save
     resumed = fit(tmp_path, 3, tmp_path / "last.ckpt")
     assert resumed == uninterrupted
+
+
+def test_a_log_that_takes_long_to_write_is_written_less_often(tmp_path, monkeypatch):
+    clock, written = [100.0], []
+
+    def slow(path):
+        clock[0] += 0.5
+        written.append(clock[0])
+        return atomic(path)
+
+    monkeypatch.setattr("diffusion.loggers.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("diffusion.loggers.atomic", slow)
+    log = CSVLog(tmp_path / "metrics.csv")
+    for step in range(60):
+        clock[0] += 0.5
+        log.log_metrics({"a": 1.0}, step)
+    assert written == [101.0, 112.0, 123.0]
 
 
 def test_loss_by_time_is_the_mean_of_its_part(tmp_path):
