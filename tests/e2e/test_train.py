@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,12 +40,30 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_run_leaves_everything_it_promises(call: Call) -> None:
+def test_a_run_leaves_everything_it_promises(
+    call: Call, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
     folder = call("train.py", *TINY, "trainer.max_steps=8", "trainer.check_val_every_n_epoch=1", "name=tiny")
     kept = {path.name for path in (folder / "checkpoints").iterdir()}
     assert "last.ckpt" in kept
     assert any(name.startswith("best_val_loss") for name in kept)
-    assert json.loads((folder / "result.json").read_text())["steps"] == 8
+    result = json.loads((folder / "result.json").read_text())
+    assert result["steps"] == 8
+    printed = capfd.readouterr().out
+    for announced in (
+        r"run +tiny",
+        r"data +drawn flowers: 64 train, 16 val images, 3×32×32, 4 classes .+",
+        rf"network +UNet, {result['parameters']:,} parameters",
+        r"schedule +ZeroTerminalSNR, T = 400, SNR .+",
+        r"predicts +v",
+        r"condition +CLIP anther-flowers-32 .+",
+        r"training +8 steps, precision 32-true, seed 0",
+        r"devices +1 x cpu",
+        r"goes on from +nothing",
+        rf"folder +{re.escape(str(folder))}",
+    ):
+        assert re.search(rf"^{announced} *$", printed, re.MULTILINE), announced
     assert list((folder / "samples").glob("*.png"))
     assert list((folder / "samples").glob("*.gif"))
     assert {path.name for path in (folder / "plots").iterdir()} >= {"loss.png", "val_loss_by_t.png"}
