@@ -8,8 +8,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ import torch
 from datamodules.archives import IMAGE_SUFFIXES, content_root, extract, hidden
 from datamodules.augment import Augment
 from datamodules.base import Array, ImageDataModule, ImageTable, cached_images, content_digest, open_rgb
+from diffusion import secrecy
 from diffusion.assets import cache_dir, download, resolve
 from diffusion.errors import AntherError
 from diffusion.files import sha256
@@ -35,8 +39,8 @@ class FolderImages(ImageDataModule):
         batch_size: see `ImageDataModule`.
         seed: see `ImageDataModule`.
         size: height and width of a batch's images.
-        path: a folder, an archive of it, or the http, https or file address of an archive. Where a folder is missing
-            and an archive of that name lies beside it, the archive is used.
+        path: a folder, an archive of it, or the http, https or file address of an archive; a download is kept in the
+            cache. Where a folder is missing and an archive of that name lies beside it, the archive is used.
         asset: name in `diffusion.assets.ASSETS` of an archive, used where `path` is not given.
         classes: folder names in the order of the labels; by default all folders in alphabetical order.
         nouns: what one of a class is called in captions, by folder name; by default the folder's name in the singular.
@@ -165,13 +169,21 @@ class FolderImages(ImageDataModule):
         if self.path is None:
             assert self.asset is not None
             return self._unpacked(resolve(self.asset))
-        if "://" in self.path:
+        scheme, _, address = self.path.partition("://")
+        if address and scheme != "file":
             key = hashlib.sha256(self.path.encode()).hexdigest()[:16]
             archive = cache_dir() / "downloads" / f"{key}-{self.path.split('?')[0].rsplit('/', 1)[-1]}"
             if not archive.is_file():
                 download(self.path, archive)
+            elif self.path not in self._told:
+                self._told.add(self.path)
+                made = datetime.fromtimestamp(archive.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+                logging.getLogger(__name__).info(
+                    "%s: using the copy of %s; to download it again delete %s", secrecy.hidden(self.path), made, archive
+                )
             return self._unpacked(archive)
-        path = Path(self.path).expanduser().absolute()
+        # A file is read where it lies: nobody expects a copy of what it was.
+        path = Path(url2pathname(urlsplit(self.path).path) if address else self.path).expanduser().absolute()
         beside = [path.with_name(path.name + suffix) for suffix in ARCHIVES]
         for candidate in [path, *beside]:
             if candidate.is_dir():

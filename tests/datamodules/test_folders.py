@@ -1,10 +1,14 @@
 import errno
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -101,9 +105,32 @@ def test_archives_give_the_table_of_the_folder(flowers, tmp_path, prefix, how):
     assert same(t, expected)
     assert t.original(3).size == (24, 16)
     assert t.files[0].is_relative_to(cache_dir())
-    if how == "address":
-        archive.unlink()
-        assert same(table(path), expected)
+
+
+def test_an_archive_behind_a_file_address_is_read_as_it_is_now(flowers, tmp_path):
+    address = zipped(flowers, tmp_path / "set.zip").as_uri()
+    before = table(address)
+    picture(99).save(flowers / "roses" / "1.jpg")
+    zipped(flowers, tmp_path / "set.zip")
+    assert table(address).digest == table(flowers).digest != before.digest
+
+
+def test_what_an_address_gave_is_kept_and_said_to_be_a_copy(flowers, tmp_path, caplog):
+    zipped(flowers, tmp_path / "set.zip")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/set.zip"
+        with caplog.at_level(logging.INFO):
+            expected = table(address)
+        server.shutdown()
+    assert "copy" not in caplog.text
+    data = make(address)
+    with caplog.at_level(logging.INFO):
+        assert same(data.load(), expected)
+        data.load()
+    (copy,) = (cache_dir() / "downloads").iterdir()
+    assert caplog.text.count("using the copy of ") == 1
+    assert f"delete {copy}" in caplog.text
 
 
 def test_folder_around_the_folder(flowers, tmp_path):
@@ -181,8 +208,10 @@ def test_missing_data(tmp_path):
     assert f"neither {tmp_path}/data/cropped_flowers nor cropped_flowers.zip beside it exists" in text
     assert "data.path=/path/to/cropped_flowers.zip" in text
     assert "data=flowers210" in text
-    with pytest.raises(AntherError, match="could not be downloaded"):
+    with pytest.raises(AntherError, match=f"neither {tmp_path}/missing.zip nor"):
         table((tmp_path / "missing.zip").as_uri())
+    with pytest.raises(AntherError, match="could not be downloaded"):
+        table("http://127.0.0.1:9/missing.zip")
     with pytest.raises(AntherError, match=r"data\.path is not set"):
         make(None)
 
