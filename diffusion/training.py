@@ -97,7 +97,8 @@ def _resume_from(folder: Path, config: Mapping[str, Any]) -> tuple[Path | None, 
     """The run's own last checkpoint, else the one that `ckpt` names, else None; and the config in it.
 
     Raises:
-        AntherError: the checkpoint is of another model, or `ckpt` is not what the folder's run began from.
+        AntherError: the checkpoint is of another model, `ckpt` is not what the folder's run began from, or it leaves
+            nothing to train.
     """
     last = folder / "checkpoints" / checkpoint.LAST
     asked = Path(config["ckpt"]) if config["ckpt"] else None
@@ -112,7 +113,22 @@ def _resume_from(folder: Path, config: Mapping[str, Any]) -> tuple[Path | None, 
             f"ckpt={asked}: leave ckpt out to go on with it, or choose another hydra.run.dir."
         )
     checkpoint.check_fits(content, config, path)
+    if path != last:
+        _check_left(content, config["trainer"], path)
     return path, content["config"]
+
+
+def _check_left(content: Mapping[str, Any], trainer: Mapping[str, Any], path: Path) -> None:
+    """Refuses to begin a run from a checkpoint that is at the run's limit already."""
+    # The checkpoint's own `epoch` counts one that max_steps ended in its middle.
+    steps, epochs = content["global_step"], content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    for limit, made in (("max_steps", steps), ("max_epochs", epochs)):
+        wanted = trainer.get(limit)
+        if isinstance(wanted, int) and 0 <= wanted <= made and not trainer.get("fast_dev_run"):
+            raise AntherError(
+                f"{path} is at step {steps} after {epochs} epochs, so trainer.{limit}={wanted} leaves nothing to "
+                f"train: give a trainer.{limit} above {made}."
+            )
 
 
 class _Retune(Callback):

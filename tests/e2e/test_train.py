@@ -98,6 +98,18 @@ def test_ckpt_goes_on_in_another_folder(call: Call, tmp_path: Path) -> None:
     assert checkpoint.read(last)["global_step"] == 3
 
 
+@pytest.mark.parametrize("limits", [["trainer.max_steps=3"], ["trainer.max_steps=-1", "trainer.max_epochs=1"]])
+def test_ckpt_at_the_limit_is_refused(
+    limits: list[str], call: Call, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    quick = [*TINY, "callbacks=fit", *limits]
+    last = call("train.py", *quick, folder=tmp_path / "first") / "checkpoints" / "last.ckpt"
+    sentence = refused("train.py", *quick, f"ckpt={last}", folder=tmp_path / "second")
+    assert f"{last} is at step {'3 after 0' if len(limits) == 1 else '8 after 1'} epochs" in sentence
+    assert f"{limits[-1]} leaves nothing to train" in sentence
+    assert not (tmp_path / "second" / "result.json").exists()
+
+
 def test_a_run_that_began_from_ckpt_goes_on_with_the_same_command_and_with_no_other_ckpt(
     call: Call,
     refused: Callable[..., str],
