@@ -51,7 +51,7 @@ class GenerationClipScore(Callback):
             raise AntherError("callbacks.clip needs at least one prompt and one weight.")
         self.prompts, self.weights, self.per_prompt, self.seed = prompts, weights, per_prompt, seed
         self.every_n_epochs, self.sampler, self.batch_size = every_n_epochs, sampler, batch_size
-        self.scorer = ClipScore(model, pretrained)
+        self.scorer = ClipScore(model, pretrained, "callbacks.clip")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Loads CLIP and looks at the prompts before the first step, so that a fault shows now and not in an hour."""

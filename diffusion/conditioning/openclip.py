@@ -77,7 +77,13 @@ class ClipModel:
     """A frozen CLIP in float32. Not a module, so it cannot enter anybody's state dict."""
 
     def __init__(
-        self, source: ClipSource, network: nn.Module, tokenizer: Any, token_ids: Tensor | None, device: torch.device
+        self,
+        source: ClipSource,
+        network: nn.Module,
+        tokenizer: Any,
+        token_ids: Tensor | None,
+        device: torch.device,
+        setting: str = "conditioner",
     ) -> None:
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
@@ -86,6 +92,7 @@ class ClipModel:
         self.dim = int(source.config["embed_dim"])
         self.image_size = source.preprocess["size"]
         self.device = device
+        self._setting = setting
         self._network: Any = network.eval().requires_grad_(False).float().to(device)
         self._tokenizer = tokenizer
         self._known = None if token_ids is None else frozenset(token_ids.tolist())
@@ -146,12 +153,14 @@ class ClipModel:
             words = _own_metadata(self.source.path)["words"]
             raise AntherError(
                 f"{self.name} does not know {', '.join(repr(word) for word in unknown)}; it knows only: "
-                f"{', '.join(words)}. Use these, or a full CLIP: conditioner.model=ViT-B-32 "
-                "conditioner.pretrained=openai."
+                f"{', '.join(words)}. Use these, or a full CLIP: {self._setting}.model=ViT-B-32 "
+                f"{self._setting}.pretrained=openai."
             )
 
 
-def load_clip(model: str, pretrained: str, device: torch.device | str = "cpu") -> ClipModel:
+def load_clip(
+    model: str, pretrained: str, device: torch.device | str = "cpu", setting: str = "conditioner"
+) -> ClipModel:
     """Loads a frozen CLIP.
 
     Args:
@@ -159,17 +168,18 @@ def load_clip(model: str, pretrained: str, device: torch.device | str = "cpu") -
         pretrained: a tag of open_clip (`openai`, `laion2b_s34b_b79k`), a file (.safetensors, .bin, .pt: a state dict,
             read without running code), or `embedded` for the project's own.
         device: where it runs.
+        setting: the part of a config that names it, for messages; any but `conditioner` may be left out with null.
 
     Raises:
         AntherError: unknown names; weights that are missing, damaged, or of another architecture.
     """
-    source = find_clip(model, pretrained)
+    source = find_clip(model, pretrained, setting)
     try:
         network, token_ids = _own_network(source) if source.own else (_hub_network(source), None)
         tokenizer = _tokenizer(source)
     except _load_errors() as error:
         raise AntherError(_misfit(source, error)) from error
-    return ClipModel(source, network, tokenizer, token_ids, torch.device(device))
+    return ClipModel(source, network, tokenizer, token_ids, torch.device(device), setting)
 
 
 def clip_config(model: str, pretrained: str) -> dict[str, Any]:
@@ -190,8 +200,8 @@ def clip_config(model: str, pretrained: str) -> dict[str, Any]:
     return dict(config)
 
 
-def find_clip(model: str, pretrained: str) -> ClipSource:
-    """Finds the weights: a local file, the caches, or the hub, asked once and briefly.
+def find_clip(model: str, pretrained: str, setting: str = "conditioner") -> ClipSource:
+    """Finds the weights: a local file, the caches, or the hub, asked once and briefly; see `load_clip`.
 
     Raises:
         AntherError: unknown names, or weights that are nowhere; says where they were looked for and how to get them.
@@ -216,7 +226,7 @@ def find_clip(model: str, pretrained: str) -> ClipSource:
     tag = get_pretrained_cfg(model, pretrained)
     path = Path(pretrained).expanduser()
     if tag:
-        path = resolve_open_clip(model, pretrained)
+        path = resolve_open_clip(model, pretrained, setting)
         preprocess = merge_preprocess_dict(preprocess, tag)
     elif not path.is_file():
         if path.suffix in {".pt", ".pth", ".bin", ".safetensors"} or len(path.parts) > 1:
@@ -232,7 +242,7 @@ def find_clip(model: str, pretrained: str) -> ClipSource:
     return ClipSource(name, model, path, config, _plain(preprocess), own=False)
 
 
-def resolve_open_clip(model: str, tag: str) -> Path:
+def resolve_open_clip(model: str, tag: str, setting: str = "conditioner") -> Path:
     """The weights of an open_clip tag: the project's cache, the hub's cache, OpenAI's cache, then the hub.
 
     Raises:
@@ -256,25 +266,26 @@ def resolve_open_clip(model: str, tag: str) -> Path:
         if isinstance(hit, str):
             return Path(hit)
     try:
-        return _download(repo, names)
+        return _download(repo, names, setting)
     except AntherError:
         raise
     except Exception as error:  # The hub's client raises its own errors, its transport's and the system's.
         lines = str(error).strip().splitlines() or [""]
         reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{type(error).__name__}: {lines[0]}"
-    file = f"conditioner.pretrained=/path/to/{names[0]}"
+    file = f"{setting}.pretrained=/path/to/{names[0]}"
     if weights.get("quick_gelu") and not model.endswith("-quickgelu"):
-        file = f"conditioner.model={model}-quickgelu {file}"
+        file = f"{setting}.model={model}-quickgelu {file}"
+    without = "" if setting == "conditioner" else f", or leave it out: {setting}=null"
     raise AntherError(
         f"the weights {tag!r} of the CLIP {model} are missing: not at {ours[0]}, not in the hub's cache "
         f"{constants.HF_HUB_CACHE} ({repo}), not in {openai.parent}, and the hub did not give them ({reason}); "
         f"on a machine with the hub run `hf download {repo} {names[0]}` and copy the file to the first of these "
-        f"places, or give a file: {file}, or use the CLIP of the project: conditioner.model={next(iter(EMBEDDED))} "
-        "conditioner.pretrained=embedded."
+        f"places, or give a file: {file}, or use the CLIP of the project: {setting}.model={next(iter(EMBEDDED))} "
+        f"{setting}.pretrained=embedded{without}."
     )
 
 
-def _download(repo: str, names: Sequence[str]) -> Path:
+def _download(repo: str, names: Sequence[str], setting: str) -> Path:
     """The first of the files that a hub repository has, held against the sha256 that the hub has of it.
 
     Without Xet the hub's client looks at the size alone.
@@ -300,7 +311,7 @@ def _download(repo: str, names: Sequence[str]) -> Path:
             path.unlink(missing_ok=True)
             raise AntherError(
                 f"{name} came from the hub ({repo}) with the sha256 {found[:12]} in place of {expected[:12]} and was "
-                "removed: start again to fetch it anew, or give a file: conditioner.pretrained=/path/to/it."
+                f"removed: start again to fetch it anew, or give a file: {setting}.pretrained=/path/to/it."
             )
         return path
     raise missing

@@ -27,6 +27,7 @@ class ClipScore(Metric):
     Args:
         model: see `load_clip`.
         pretrained: see `load_clip`.
+        setting: see `load_clip`.
 
     Attributes:
         name: the CLIP that scores: `ViT-B-32/laion2b_s34b_b79k`.
@@ -41,10 +42,11 @@ class ClipScore(Metric):
     total: Tensor
     count: Tensor
 
-    def __init__(self, model: str, pretrained: str) -> None:
+    def __init__(self, model: str, pretrained: str, setting: str = "clip") -> None:
         super().__init__()
         self.model = model
         self.pretrained = pretrained
+        self.setting = setting
         self.name = f"{model}/{pretrained}"
         self.last = torch.zeros(0)
         self._clip: ClipModel | None = None
@@ -59,7 +61,7 @@ class ClipScore(Metric):
             AntherError: see `load_clip`.
         """
         if self._clip is None:
-            self._clip = load_clip(self.model, self.pretrained, self.device)
+            self._clip = load_clip(self.model, self.pretrained, self.device, self.setting)
             self.name = self._clip.name
         return self._clip.to(self.device)
 

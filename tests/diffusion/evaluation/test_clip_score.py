@@ -6,6 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
+from callbacks.clip import GenerationClipScore
 from diffusion.errors import AntherError
 from diffusion.evaluation.clip_score import ClipScore
 from diffusion.images import save_png
@@ -83,6 +84,28 @@ def test_shards_of_different_size_merge_to_the_mean_of_all(reference, images):
     second.update(images[4:], PROMPTS[4:])
     first.merge_state(second)
     assert first.compute().item() == pytest.approx(one.compute().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("setting", ["clip", "callbacks.clip"])
+def test_missing_weights_are_told_by_the_scorers_own_setting(setting, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ANTHER_CACHE", str(tmp_path / "cache"))
+    arguments = ("ViT-B-32", "openai")
+    scorer = ClipScore(*arguments) if setting == "clip" else GenerationClipScore(["a rose"], [1.0], *arguments).scorer
+    with pytest.raises(AntherError) as refusal:
+        scorer.load()
+    said = str(refusal.value)
+    assert f"give a file: {setting}.model=ViT-B-32-quickgelu {setting}.pretrained=/path/to/" in said
+    assert f"{setting}.model=anther-flowers-32 {setting}.pretrained=embedded" in said
+    assert said.endswith(f"or leave it out: {setting}=null.")
+    assert "conditioner" not in said
+    embedded = ClipScore("anther-flowers-32", "embedded", setting)
+    with pytest.raises(AntherError, match=f"a full CLIP: {setting}.model=ViT-B-32 {setting}.pretrained=openai"):
+        embedded.load().encode_texts(["a zeppelin"])
 
 
 def _rank(rank, path, images, folder):
