@@ -34,7 +34,10 @@ def read(path: Path | str) -> dict[str, Any]:
     """
     checkpoint = _content(path)
     if not _is_ours(checkpoint):
-        raise AntherError(f"{path} was not written by train.py (it has no config inside): use a checkpoint of a run.")
+        raise AntherError(
+            f"{path} was not written by train.py (it has no config inside): use a checkpoint of a run, or tell "
+            "sample.py or evaluate.py which experiment describes the weights, as in model=flowers_course."
+        )
     assert isinstance(checkpoint, dict)
     return checkpoint
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffusion.build import build
 from diffusion.checkpoint import load_guidance, load_model
 from diffusion.errors import AntherError
+from diffusion.evaluation.subject import described
 from diffusion.fabric import make_fabric
 from diffusion.files import atomic
 from diffusion.images import save_gif, save_png, sheet
@@ -45,7 +46,8 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
             raise AntherError(f"prompts holds {prompt!r}, which is no text: put quotes around it, or leave it out.")
     # One device: a few pictures; evaluate.py spreads many over several.
     fabric = make_fabric(config["trainer"], devices=1, num_nodes=1, strategy="auto")
-    model = load_model(config["ckpt"]).to(fabric.device)
+    described_by = config["model"]
+    model = load_model(config["ckpt"], None if described_by is None else described(described_by)).to(fabric.device)
     if config["gif"] and model.sampler is None:
         raise AntherError("this model draws in one call, and there is no way from noise to show: leave gif= out.")
     # sample.yaml always names a sampler, for all models; one that draws in one call has no use for it.
@@ -81,6 +83,7 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
         records.append({"id": k, "prompt": texts[k] if texts else None, "seed": seeds[k], "file": name})
     protocol = {
         "ckpt": str(config["ckpt"]),
+        "model": described_by,
         "sampler": node,
         "guidance_weight": used,
         **guidance.record(),

@@ -47,6 +47,7 @@ class Sample(TypedDict):
 
     name: str | int | None
     ckpt: str
+    model: str | None
     prompts: list[Any] | str | int | None
     num_images: int
     seed: int

@@ -177,7 +177,7 @@ TRAIN: list[tuple[list[str], list[str]]] = [
 SAMPLE: list[tuple[list[str], list[str]]] = [
     ([], ["ckpt is not set", "ckpt="]),
     (["ckpt=nowhere.ckpt"], ["nowhere.ckpt", "no checkpoint"]),
-    (["ckpt={bad}/foreign.ckpt"], ["foreign.ckpt", "train.py"]),
+    (["ckpt={bad}/foreign.ckpt"], ["foreign.ckpt", "train.py", "model=flowers_course"]),
     (["ckpt={bad}/cut.ckpt"], ["cut.ckpt", "not a whole checkpoint"]),
     (["ckpt={bad}/evil.ckpt"], ["evil.ckpt", "not a whole checkpoint"]),
     ([*DRAW, "num_images=0"], ["num_images", "1 or more"]),
@@ -198,7 +198,7 @@ SAMPLE: list[tuple[list[str], list[str]]] = [
     ([*DRAW, "trainer.accelerator=gpu"], ["trainer.accelerator=gpu", "trainer=cpu"]),
     ([*DRAW, "trainer.precision=8"], ["precision 8"]),
     ([*DRAW, "trainer.precision=bf16-true"], ["trainer.precision=bf16-true", "bf16-mixed"]),
-    ([*DRAW, "model=flowers"], ["model"]),
+    ([*DRAW, "model=flowers"], ["has its own config"]),
 ]
 EVALUATE: list[tuple[list[str], list[str]]] = [
     ([], ["ckpt is not set"]),

@@ -45,6 +45,21 @@ def test_an_image_is_a_function_of_its_seed_in_any_batch_split(trained: Path, ca
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
+def test_weights_from_elsewhere_draw_as_those_of_the_checkpoint(trained: Path, call: Call, tmp_path: Path) -> None:
+    import torch
+
+    saved = torch.load(trained, weights_only=True)["state_dict"]
+    torch.save({key.removeprefix("denoiser.network."): value for key, value in saved.items()}, tmp_path / "bare.pth")
+    theirs = [f"ckpt={tmp_path / 'bare.pth'}", f"model={trained.parents[1] / '.hydra' / 'config.yaml'}"]
+    common = ["prompts=[a red rose]", "sampler.steps=2"]
+    drawn = [
+        np.asarray(Image.open(call("sample.py", *words, *common, folder=tmp_path / str(k)) / "images/00000.png"))
+        for k, words in enumerate([[f"ckpt={trained}"], theirs])
+    ]
+    assert (drawn[0] == drawn[1]).all()
+    assert json.loads((tmp_path / "1" / "samples.json").read_text())["protocol"]["model"] == theirs[1][6:]
+
+
 @pytest.mark.parametrize("solver", ["euler", "heun", "dpmpp", "dpmpp_sde"])
 def test_every_solver_draws_and_is_recorded(solver: str, trained: Path, call: Call) -> None:
     asked = [f"ckpt={trained}", "prompts=[a red rose]", f"sampler={solver}", "sampler.steps=3", "sampler.grid=logsnr"]
