@@ -7,6 +7,7 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +70,23 @@ def test_a_resumed_run_goes_on_in_the_same_file_without_repeated_steps(tmp_path)
     (tmp_path / "last.ckpt").write_bytes(resume_from)  # ... and then killed before it could save
     resumed = fit(tmp_path, 3, tmp_path / "last.ckpt")
     assert resumed == uninterrupted
+
+
+def test_the_peak_of_a_gpus_memory_is_that_of_the_epoch(monkeypatch):
+    # Stands in for a GPU whose counter is at 6 MiB since its last reset.
+    device, called, logged = torch.device("cuda", 0), [], {}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda of: called.append(("synchronize", of)))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda of: called.append(("reset", of)))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda of: 6 * 2**20 if of == device else 0)
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}])
+    t, m = SimpleNamespace(world_size=1, optimizers=[optimizer]), SimpleNamespace(device=device)
+    m.log_dict = lambda values, rank_zero_only: logged.update(values)
+    part = Throughput()
+    part.on_train_epoch_start(t, m)
+    assert called == [("reset", device), ("synchronize", device)]
+    part.on_train_epoch_end(t, m)
+    assert called[2:] == [("synchronize", device)]
+    assert logged["peak_gpu_mem_mb"] == 6
 
 
 def test_a_log_that_takes_long_to_write_is_written_less_often(tmp_path, monkeypatch):
