@@ -13,8 +13,9 @@ class RunRecord(Callback):
 
     Beside the config stand `number_of_parameters` and `num_samples`, the images that are trained on. A W&B logger that
     keeps checkpoints gets the best ones at the end, also those that an earlier process of the run wrote.
-    The summary holds `final_train_loss`, `final_val_loss`, `best_train_loss`, `best_val_loss`, `total_epochs` and
-    `total_batches`. Its state says which validation loss belongs to which step, so that a checkpoint knows its own.
+    The summary holds `best_train_loss` and `best_val_loss` so far, and at the end `final_train_loss`, `final_val_loss`,
+    `total_epochs` and `total_batches`. Its state says which validation loss belongs to which step, so that a checkpoint
+    knows its own.
     """
 
     def __init__(self) -> None:
@@ -44,6 +45,7 @@ class RunRecord(Callback):
         if not trainer.sanity_checking and LOSSES["val"] in trainer.callback_metrics:
             loss = float(trainer.callback_metrics[LOSSES["val"]])
             self._validated = {"step": trainer.global_step, "val": loss}
+            self._note(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         # The epoch's mean of the training loss is there only after the epoch's last hook.
@@ -53,11 +55,7 @@ class RunRecord(Callback):
         self._note(trainer)
         metrics = trainer.callback_metrics
         summary: dict[str, Any] = {f"final_{n}_loss": float(metrics[k]) for n, k in LOSSES.items() if k in metrics}
-        summary |= {f"best_{name}_loss": value for name, value in self._best.items()}
-        summary |= {"total_epochs": trainer.current_epoch, "total_batches": self._batches}
-        for logger in trainer.loggers:
-            if type(logger).__name__ == "WandbLogger" and trainer.is_global_zero:
-                logger.experiment.summary.update(summary)  # type: ignore[attr-defined]
+        _summarise(trainer, summary | {"total_epochs": trainer.current_epoch, "total_batches": self._batches})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         # Lightning's loggers know only of the checkpoints that this process saved.
@@ -78,3 +76,11 @@ class RunRecord(Callback):
             if key in trainer.callback_metrics:
                 value = float(trainer.callback_metrics[key])
                 self._best[name] = min(value, self._best.get(name, value))
+        # Not at the end alone: a run that breaks off has none.
+        _summarise(trainer, {f"best_{name}_loss": value for name, value in self._best.items()})
+
+
+def _summarise(trainer: Trainer, summary: dict[str, Any]) -> None:
+    for logger in trainer.loggers:
+        if type(logger).__name__ == "WandbLogger" and trainer.is_global_zero:
+            logger.experiment.summary.update(summary)  # type: ignore[attr-defined]

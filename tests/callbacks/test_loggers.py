@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
@@ -314,6 +315,23 @@ def test_what_wandb_holds(no_account, monkeypatch, tmp_path, capsys):
     assert (summary["total_epochs"], summary["total_batches"]) == (2, 8)
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+def test_a_run_that_breaks_off_has_its_best_losses_in_wandb(no_account, tmp_path):
+    class Boom(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 6:
+                raise RuntimeError("boom")
+
+    log = wandb_logger("anther-test", tmp_path / "logs")
+    t = trainer(tmp_path, RunRecord(), Boom(), logger=log)
+    with pytest.raises(RuntimeError, match="boom"):
+        t.fit(module(), datamodule=Dots())
+    finish([log])  # as the end of the process does
+    _, _, summary, by_name, *_ = offline(tmp_path / "logs")
+    assert summary["best_val_loss"] == pytest.approx(min(by_name["val/loss"]))
+    assert summary["best_train_loss"] == pytest.approx(min(by_name["train/loss_epoch"]))
+    assert "final_val_loss" not in summary
 
 
 @pytest.mark.parametrize("log_model", [False, True, "all"])
