@@ -55,24 +55,32 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup_steps: int, fin
 def retune(checkpoint: dict[str, Any], config: Mapping[str, Any]) -> None:
     """Puts what a config changes in the optimizer into a checkpoint, which would otherwise bring back its own.
 
-    The schedule goes on from where it was, at the new rate. Where nothing was changed, the checkpoint stays as it is.
+    The schedule goes on from where it was, at the new rate; another schedule, or a plateau with other settings, begins
+    anew. Where nothing was changed, the checkpoint stays as it is.
 
     Args:
         checkpoint: of train.py; its states of the optimizer and of the schedule are changed in place.
         config: of the run that goes on.
     """
-    nodes = [settings["module"].get("optimizer") for settings in (checkpoint["config"], config)]
-    if nodes[0] == nodes[1]:
+    modules = checkpoint["config"]["module"], config["module"]
+    there, here = (module.get("scheduler") or {} for module in modules)
+    # A plateau brings its settings back with its state; what moves by steps brings its place alone.
+    moved = there.get("_target_") == here.get("_target_") and all("base_lrs" in s for s in checkpoint["lr_schedulers"])
+    anew = there != here and not moved
+    nodes = [module.get("optimizer") for module in modules]
+    if nodes[0] == nodes[1] and not anew:
         return
     parameter = torch.nn.Parameter(torch.zeros(1))
     old, new = (rebuild(node, "optimizer")([parameter]).defaults for node in nodes)
     changed = {key: value for key, value in new.items() if old.get(key) != value}
-    rate = changed.pop("lr", None)
+    rate = changed.pop("lr", new["lr"] if anew else None)
     for group in (group for state in checkpoint["optimizer_states"] for group in state["param_groups"]):
         group.update(changed)
         if rate is not None:
-            group["lr"] = rate * (group["lr"] / old["lr"] if old["lr"] else 1.0)
+            group["lr"] = rate * (group["lr"] / old["lr"] if old["lr"] and not anew else 1.0)
             group |= {"initial_lr": rate} if "initial_lr" in group else {}
+    if anew:
+        checkpoint["lr_schedulers"] = []
     for schedule in checkpoint["lr_schedulers"]:
         if rate is not None and "base_lrs" in schedule:
             schedule["base_lrs"] = [rate] * len(schedule["base_lrs"])

@@ -166,6 +166,18 @@ def test_a_rate_that_is_changed_holds_from_the_checkpoint_on(scheduler: str, cal
         assert group["lr"] == pytest.approx(rate if scheduler == "plateau" else rate * (steps + 1) / 100)
 
 
+def test_another_schedule_begins_anew_from_a_checkpoint(call: Call, tmp_path: Path) -> None:
+    quick, last = [*TINY, "callbacks=fit"], "checkpoints/last.ckpt"
+    first = call("train.py", *quick, "scheduler=plateau", "trainer.max_steps=2", folder=tmp_path / "first")
+    begin = [*quick, "trainer.max_steps=4", f"ckpt={first / last}"]
+    other = call("train.py", *begin, "scheduler=warmup_cosine", folder=tmp_path / "other")
+    (schedule,) = checkpoint.read(other / last)["lr_schedulers"]
+    assert schedule["last_epoch"] == 2
+    patient = call("train.py", *begin, "scheduler=plateau", "scheduler.patience=7", folder=tmp_path / "patient")
+    (schedule,) = checkpoint.read(patient / last)["lr_schedulers"]
+    assert schedule["patience"] == 7
+
+
 def test_a_folder_goes_on_with_what_it_trains_and_with_other_limits(
     call: Call, refused: Callable[..., str], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
