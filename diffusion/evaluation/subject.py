@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,8 @@ from diffusion.checkpoint import load_model, read
 from diffusion.errors import AntherError
 from diffusion.files import sha256
 from diffusion.modules.generator import Generator
+
+CONF = Path(__file__).parents[2] / "conf"
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def described(name: str) -> dict[str, Any]:
         AntherError: neither is there, or the file describes no model.
     """
     import yaml
-    from hydra import compose
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf import DictConfig, OmegaConf
 
@@ -91,8 +95,11 @@ def described(name: str) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise AntherError(f"{name} cannot be read as YAML: give model= the config of a run of train.py.") from error
     else:
+        # A rank that others started has no Hydra; who composed the config has one, with what --config-dir adds.
+        ready = GlobalHydra.instance().is_initialized()
         try:
-            config = compose("train", [f"experiment={name}"])
+            with nullcontext() if ready else initialize_config_dir(str(CONF), version_base="1.3"):
+                config = compose("train", [f"experiment={name}"])
         except HydraException as error:
             raise AntherError(
                 f"model={name} is neither an experiment of train.py nor a YAML file: {' '.join(str(error).split())}"
