@@ -100,7 +100,7 @@ def check_fits(checkpoint: Mapping[str, Any], config: Mapping[str, Any], path: P
     Raises:
         AntherError: naming what differs.
     """
-    if found := differences(_model(checkpoint["config"]), _model(config)):
+    if found := differences(model_settings(checkpoint["config"]), model_settings(config)):
         raise AntherError(
             f"{path} holds another model: {found}; give the same settings, or another hydra.run.dir or ckpt."
         )
@@ -138,8 +138,8 @@ def _trained(config: Mapping[str, Any]) -> dict[str, Any]:
     return parts | {part: {k: v for k, v in parts[part].items() if k not in drawn[part]} for part in drawn}
 
 
-def _model(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that make one model another."""
+def model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that make one model another, of the config of a training."""
     module = config["module"]
     parts = {
         key: module[key] for key in ("_target_", "denoiser", "network", "conditioner", "augment_dim") if key in module

@@ -66,6 +66,7 @@ class Plan:
         originals: real images that an autoencoder gives back, image k for image k, in the place of draws; seeds mean
             nothing then.
         precision: Lightning's word for the arithmetic that draws.
+        model_config_sha256: of what describes weights from elsewhere as a model; None for a checkpoint of train.py.
 
     Raises:
         AntherError: fewer than one image, a batch of none, no prompt, or no seed.
@@ -86,6 +87,7 @@ class Plan:
     bad_sha256: str | None = None
     originals: Reals | None = None
     precision: str = "32-true"
+    model_config_sha256: str | None = None
 
     def __post_init__(self) -> None:
         for name, count in (("num_images", self.num_images), ("batch_size", self.batch_size)):

@@ -123,6 +123,7 @@ def make_plan(config: Mapping[str, Any], subject: Subject, datamodule: Any) -> P
         bad_sha256=None if bad is None else sha256(bad),
         originals=None if split is None else read_reals(datamodule, split).spread(config["num_images"]),
         precision=str(config["trainer"]["precision"]),
+        model_config_sha256=subject.model_config_sha256,
     )
 
 
@@ -149,6 +150,7 @@ def protocol(plan: Plan) -> dict[str, Any]:
         "embedding": None if plan.embedding is None else asdict(plan.embedding),
         # Not there where nothing else was chosen: folders that were made before there was any choice go on.
         **({} if plan.precision == "32-true" else {"precision": plan.precision}),
+        **({} if plan.model_config_sha256 is None else {"model_config_sha256": plan.model_config_sha256}),
         **({} if plan.originals is None else _reconstructed(plan.originals)),
     }
 

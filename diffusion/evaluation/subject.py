@@ -1,5 +1,6 @@
 """What is evaluated: a model from a checkpoint, with its config and its data."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.build import rebuild
-from diffusion.checkpoint import load_model, read
+from diffusion.checkpoint import load_model, model_settings, read
 from diffusion.errors import AntherError
 from diffusion.files import sha256
 from diffusion.modules.generator import Generator
@@ -27,6 +28,7 @@ class Subject:
         path: of the checkpoint.
         sha256: of the checkpoint.
         validation_loss: of these weights, where the checkpoint knows it.
+        model_config_sha256: of the settings that make weights from elsewhere a model; None for a checkpoint with its own.
     """
 
     model: Generator
@@ -34,6 +36,7 @@ class Subject:
     path: str
     sha256: str
     validation_loss: float | None
+    model_config_sha256: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -46,13 +49,16 @@ class Subject:
 def _load(path: str, digest: str, described_by: str | None) -> Subject:
     config = None if described_by is None else described(described_by)
     model = load_model(path, config)
-    loss = None
-    if config is None:
+    loss = model_config_sha256 = None
+    if config is not None:
+        settings = json.dumps(model_settings(config), sort_keys=True)
+        model_config_sha256 = hashlib.sha256(settings.encode()).hexdigest()
+    else:
         checkpoint = read(path)
         config = checkpoint["config"]
         validated = checkpoint.get("callbacks", {}).get("RunRecord", {}).get("validated", {})
         loss = validated.get("val") if validated.get("step") == checkpoint.get("global_step") else None
-    return Subject(model, config, path, digest, loss)
+    return Subject(model, config, path, digest, loss, model_config_sha256)
 
 
 def load_subject(path: str | Path, described_by: str | None = None) -> Subject:

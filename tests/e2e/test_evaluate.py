@@ -170,9 +170,12 @@ def test_weights_from_elsewhere_with_a_config_draw_the_same(trained: Path, evalu
         assert np.abs(there - here).max() <= 1
 
 
-def test_weights_from_elsewhere_described_by_an_experiment(call: Call, tmp_path: Path) -> None:
+def test_weights_from_elsewhere_described_by_an_experiment(
+    call: Call, refused: Callable[..., str], tmp_path: Path
+) -> None:
     # Without Hydra, as a rank that others started has it.
-    model = build(subject.described("mnist")["module"]).eval()
+    config = subject.described("mnist")
+    model = build(config["module"]).eval()
     network = model.denoiser.network
     torch.save(network.state_dict(), tmp_path / "theirs.pth")
     quick = ["num_images=2", "sampler=ddim", "sampler.steps=2", "clip=null", "nearest=null", "inception=null"]
@@ -183,6 +186,11 @@ def test_weights_from_elsewhere_described_by_an_experiment(call: Call, tmp_path:
     drawn = model.sample(None, [0, 1], sampler=DDIM(steps=2, clip=True))
     files = [np.asarray(Image.open(folder / f"images/00000{k}.png"), dtype=int) for k in (0, 1)]
     assert np.abs(np.stack(files) - to_uint8(drawn)[:, 0].numpy()).max() <= 1
+    # What describes the weights is part of what the images are.
+    config["module"]["denoiser"]["schedule"] = {"_target_": "diffusion.schedules.Cosine", "T": 300}
+    (tmp_path / "other.yaml").write_text(json.dumps(config))
+    words = [f"ckpt={tmp_path / 'theirs.pth'}", f"model={tmp_path / 'other.yaml'}", *quick, "dataset=null"]
+    assert "model_config_sha256" in refused("evaluate.py", *words, folder=folder)
 
 
 def test_the_models_own_sampler_and_weight_are_the_default(trained: Path, call: Call) -> None:
