@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.assets import ASSETS, cache_dir
+from diffusion.assets import ASSETS
 from diffusion.errors import AntherError
 from diffusion.evaluation.inception import Extractor, Features
 from diffusion.evaluation.metric import Result
@@ -305,7 +305,7 @@ def distribution_metrics(
 
     splits = {"splits": 10, "scoring_seed": SEED, "logits": "unbiased"}
     if generated.logits is None or n < 10:
-        why = _without_fc(extractor) if generated.logits is None else f"{n} images cannot be split into 10 parts"
+        why = without_fc(extractor) if generated.logits is None else f"{n} images cannot be split into 10 parts"
         add("is", None, "higher", splits, why)
         add("is_std", None, None, splits, why)
     else:
@@ -350,11 +350,12 @@ def diversity_metrics(images: Images, run_protocol: Mapping[str, Any]) -> dict[s
     return results
 
 
-def _without_fc(extractor: Extractor) -> str:
+def without_fc(extractor: Extractor) -> str:
+    """Why there is no score of Inception's classes: a note, which is published."""
     full = ASSETS["fid_inception_full"]
     return (
         f"the Inception weights {extractor.weights_hash[:8]} have no fc layer, which this score is made of: put "
-        f"{full.urls[0]} at {cache_dir() / 'assets' / full.file}"
+        f"{full.urls[0]} at ~/.cache/anther/assets/{full.file}, or below $ANTHER_CACHE where that is set"
     )
 
 

@@ -31,6 +31,9 @@ Direction = Literal["higher", "lower"] | None
 
 BATCH = 64
 
+LEFT_OUT = "left out: the Inception weights were found nowhere"
+"""In files, which are published; where they were looked for on this machine is printed only."""
+
 
 @dataclass
 class Scores:
@@ -161,7 +164,7 @@ class Scorers:
         return {
             "clip": clip,
             "inception": against,
-            "left_out": self._left_out,
+            "left_out": LEFT_OUT if self._left_out else "",
             "nearest": nearest,
             "classifier": classifier,
         }
@@ -172,6 +175,8 @@ class Scorers:
         if self._reference is not None:
             which = self._reference.split if self._reference.split != "all" else "all splits"
             rows["against"] = f"{len(self._reference)} real images ({which}) by {self._reference.protocol['extractor']}"
+        if self._left_out:
+            rows["left out"] = f"what Inception is needed for. {self._left_out}"
         if self._classifier is not None:
             found = self._classifier.identity
             rows["classifier"] = f"{found['classifier']}, declines below {found['threshold']:.4f}"
@@ -221,7 +226,7 @@ class Scorers:
                 scores.add({"inception_entropy": entropy(features.logits)}, {}, {**protocol, "unit": "nats"})
         elif self._left_out:
             for name in ("fid", "kid"):
-                scores.results[f"{name}_{len(images)}"] = Result(None, "lower", note=f"left out: {self._left_out}")
+                scores.results[f"{name}_{len(images)}"] = Result(None, "lower", note=LEFT_OUT)
         if self._classifier is not None:
             columns, results = self._classifier.score(images, labels, run_protocol)
             scores.columns |= columns

@@ -28,7 +28,7 @@ class Subject:
         path: of the checkpoint.
         sha256: of the checkpoint.
         validation_loss: of these weights, where the checkpoint knows it.
-        model_config_sha256: of the settings that make weights from elsewhere a model; None for a checkpoint with its own.
+        model_config_sha256: of what describes weights from elsewhere as a model; None for a checkpoint of train.py.
     """
 
     model: Generator
@@ -115,7 +115,7 @@ def described(name: str) -> dict[str, Any]:
     # What speaks of the run itself, such as its folder, does not resolve here and is not needed.
     wanted = {key: config[key] for key in ("module", "data") if key in config}
     return {key: OmegaConf.to_container(node, resolve=True) for key, node in wanted.items()} | {
-        "name": str(config.get("name", name))
+        "name": str(config.get("name", Path(name).stem))
     }
 
 

@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,9 +15,11 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from diffusion import settings
+from diffusion.assets import cache_dir
 from diffusion.conditioning.labels import Labels
 from diffusion.curation.card import SAMPLERS, card, preview, text
 from diffusion.denoiser import Denoiser
+from diffusion.evaluation.distribution import without_fc
 from diffusion.evaluation.report import write_metrics
 from diffusion.evaluation.run import make_plan, protocol
 from diffusion.evaluation.subject import Subject
@@ -69,6 +72,7 @@ RUN = {
     "seconds": 12.5,
     "made": "2026-01-02",
 }
+NO_FC = without_fc(SimpleNamespace(weights_hash="ab" * 32))
 METRICS = {
     "clip_score_14/ViT-B-32|x": {
         "value": 0.27301234,
@@ -84,7 +88,7 @@ METRICS = {
         "note": None,
         "protocol": {"N": 14},
     },
-    "is_14": {"value": None, "better": "higher", "verdict": None, "note": "needs the fc layer", "protocol": {}},
+    "is_14": {"value": None, "better": "higher", "verdict": None, "note": NO_FC, "protocol": {}},
 }
 
 
@@ -175,7 +179,7 @@ def test_tables_say_what_the_files_say(make):
         ["metric", "value", "better", "verdict", "note"],
         ["clip_score_14/ViT-B-32|x", "0.273", "higher", "", shown(METRICS["clip_score_14/ViT-B-32|x"]["note"])],
         ["fid_14", "87.5", "lower", "moderate (50 to 100)", ""],
-        ["is_14", "–", "higher", "", "needs the fc layer"],
+        ["is_14", "–", "higher", "", NO_FC],
     ]
     facts = dict(facts[1:])
     assert facts["checkpoint"] == "best.ckpt"
@@ -200,6 +204,8 @@ def test_protocol_is_whole_and_no_folder_of_this_machine_is_told(make):
         "metrics": {key: metric["protocol"] for key, metric in METRICS.items()},
     }
     assert "somebody" not in readme
+    assert str(cache_dir()) not in readme
+    assert str(Path.home()) not in readme
     assert str(make()) not in readme
 
 

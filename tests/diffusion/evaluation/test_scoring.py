@@ -8,6 +8,7 @@ import torch
 from scipy.spatial.distance import cdist
 
 from datamodules.drawn import DrawnFlowers
+from diffusion.assets import AssetError
 from diffusion.conditioning.clip import Clip
 from diffusion.conditioning.openclip import EMBEDDED
 from diffusion.errors import AntherError
@@ -140,6 +141,26 @@ def test_another_clip_does_not_flatter(data, images, full_weights, tmp_path, mon
     scorers = Scorers(chosen, subject(Clip("ViT-B-32", "openai", "text")), data, "cpu")
     scores = scored(scorers, images, tmp_path, ["a red rose"] * 36)
     assert scores.results["clip_score_36/anther-flowers-32/embedded"].note is None
+
+
+def test_without_inception_weights_the_reason_is_in_files_and_where_they_were_looked_for_is_printed(
+    data, images, tmp_path, monkeypatch
+):
+    def nowhere(*_):
+        raise AssetError(f"not at {tmp_path}.")
+
+    monkeypatch.setattr(scoring, "load_extractor", nowhere)
+    chosen = config("none", inception={"missing": "leave_out"}, nearest={"space": "pixels"})
+    scorers = Scorers(chosen, subject(), data, "cpu")
+    assert str(tmp_path) in scorers.describe()["left out"]
+    results = scored(scorers, images, tmp_path).results
+    for name in ("fid", "kid"):
+        assert results[f"{name}_36"].value is None
+        assert results[f"{name}_36"].note == scorers.identity["left_out"] == scoring.LEFT_OUT
+    with pytest.raises(AntherError, match=rf"nearest\.space=pixels or nearest=null.*{tmp_path}"):
+        Scorers(config("none", inception={"missing": "leave_out"}), subject(), data, "cpu")
+    with pytest.raises(AssetError, match=str(tmp_path)):
+        Scorers(config("none"), subject(), data, "cpu")
 
 
 def test_nearest_by_inception_without_inception_is_refused(data, full_weights):
