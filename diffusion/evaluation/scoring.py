@@ -12,7 +12,7 @@ import torch
 
 from diffusion.assets import AssetError
 from diffusion.errors import AntherError
-from diffusion.evaluation.distribution import check_number, distribution_metrics, diversity_metrics
+from diffusion.evaluation.distribution import check_number, distribution_metrics, diversity_metrics, without_fc
 from diffusion.evaluation.inception import Extractor, Features, load_extractor
 from diffusion.evaluation.metric import Result
 from diffusion.evaluation.nearest import entropy, nearest, realism
@@ -222,8 +222,12 @@ class Scorers:
                     {"realism": "higher"},
                     {**protocol, "neighbours": NEIGHBOURS},
                 )
+            nats = {**protocol, "unit": "nats"}
             if features.logits is not None:
-                scores.add({"inception_entropy": entropy(features.logits)}, {}, {**protocol, "unit": "nats"})
+                scores.add({"inception_entropy": entropy(features.logits)}, {}, nats)
+            else:
+                why, nats = without_fc(self._extractor), {"N": len(images), **nats}
+                scores.results[f"inception_entropy_{len(images)}"] = Result(None, note=why, protocol=nats)
         elif self._left_out:
             for name in ("fid", "kid"):
                 scores.results[f"{name}_{len(images)}"] = Result(None, "lower", note=LEFT_OUT)

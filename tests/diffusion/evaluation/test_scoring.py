@@ -143,6 +143,14 @@ def test_another_clip_does_not_flatter(data, images, full_weights, tmp_path, mon
     assert scores.results["clip_score_36/anther-flowers-32/embedded"].note is None
 
 
+def test_without_the_last_layer_the_entropy_is_null_with_the_reason(data, images, inception_script, tmp_path):
+    chosen = config(inception_script, num_images=3, inception={"split": "val"}, nearest=None)
+    scores = scored(Scorers(chosen, subject(), data, "cpu"), images[:3], tmp_path)
+    assert "inception_entropy" not in scores.columns
+    assert scores.results["inception_entropy_3"].value is None
+    assert scores.results["inception_entropy_3"].note == scores.results["is_3"].note.partition("; ")[0]
+
+
 def test_without_inception_weights_the_reason_is_in_files_and_where_they_were_looked_for_is_printed(
     data, images, tmp_path, monkeypatch
 ):
