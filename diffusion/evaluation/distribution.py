@@ -35,6 +35,17 @@ VERDICTS: Mapping[str, tuple[Literal["lower", "higher"], float, float]] = {
 }
 """Seed 004's borders: the better direction, good, excellent."""
 
+DIRECTIONS: Mapping[str, Better] = {
+    "fid": "lower",
+    "kid": "lower",
+    "kid_std": None,
+    "is": "higher",
+    "is_std": None,
+    "precision": "higher",
+    "recall": "higher",
+}
+"""What `distribution_metrics` gives, and in which direction each improves."""
+
 PAIRED = 10_000
 """More images than this are not paired with each other: a seeded choice of so many is."""
 
@@ -284,10 +295,10 @@ def distribution_metrics(
     shared = {**reference.record, "N": n}
     results: dict[str, Result] = {}
 
-    def add(name: str, value: float | None, better: Better, protocol: Mapping[str, Any], note: str = "") -> None:
+    def add(name: str, value: float | None, protocol: Mapping[str, Any], note: str = "") -> None:
         results[f"{name}_{n}"] = Result(
             value=value,
-            better=better,
+            better=DIRECTIONS[name],
             verdict=None if value is None else verdict(name, value),
             note="; ".join(filter(None, (note, few))) or None,
             protocol={**shared, **protocol, **run_protocol},
@@ -296,32 +307,32 @@ def distribution_metrics(
     dim = extractor.dim
     ranks = {"covariance_rank": min(n - 1, dim), "covariance_rank_real": min(m - 1, dim)}
     singular = f"covariance of rank {n - 1} of {dim}: compare only with the same N" if n < dim else ""
-    add("fid", fid(generated.pool, reference.mu, reference.sigma), "lower", ranks, singular)
+    add("fid", fid(generated.pool, reference.mu, reference.sigma), ranks, singular)
 
     subsets = {"subsets": 100, "subset_size": subset_size(n, m), "scoring_seed": SEED}
     mean, deviation = kid(generated.pool, reference.features)
-    add("kid", mean, "lower", subsets)
-    add("kid_std", deviation, None, subsets)
+    add("kid", mean, subsets)
+    add("kid_std", deviation, subsets)
 
     splits = {"splits": 10, "scoring_seed": SEED, "logits": "unbiased"}
     if generated.logits is None or n < 10:
         why = without_fc(extractor) if generated.logits is None else f"{n} images cannot be split into 10 parts"
-        add("is", None, "higher", splits, why)
-        add("is_std", None, None, splits, why)
+        add("is", None, splits, why)
+        add("is_std", None, splits, why)
     else:
         mean, deviation = inception_score(generated.logits)
-        add("is", mean, "higher", splits)
-        add("is_std", deviation, None, splits)
+        add("is", mean, splits)
+        add("is_std", deviation, splits)
 
     k = NEIGHBOURS
     if min(n, m) <= k:
         why = f"{min(n, m)} images have no {k} neighbours each"
-        add("precision", None, "higher", {"neighbours": k}, why)
-        add("recall", None, "higher", {"neighbours": k}, why)
+        add("precision", None, {"neighbours": k}, why)
+        add("recall", None, {"neighbours": k}, why)
     else:
         precision, recall = precision_recall(generated.pool, reference.features, k, reference.radii)
-        add("precision", precision, "higher", {"neighbours": k})
-        add("recall", recall, "higher", {"neighbours": k})
+        add("precision", precision, {"neighbours": k})
+        add("recall", recall, {"neighbours": k})
     return results
 
 

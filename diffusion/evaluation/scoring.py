@@ -12,7 +12,13 @@ import torch
 
 from diffusion.assets import AssetError
 from diffusion.errors import AntherError
-from diffusion.evaluation.distribution import check_number, distribution_metrics, diversity_metrics, without_fc
+from diffusion.evaluation.distribution import (
+    DIRECTIONS,
+    check_number,
+    distribution_metrics,
+    diversity_metrics,
+    without_fc,
+)
 from diffusion.evaluation.inception import Extractor, Features, load_extractor
 from diffusion.evaluation.metric import Result
 from diffusion.evaluation.nearest import entropy, nearest, realism
@@ -229,8 +235,10 @@ class Scorers:
                 why, nats = without_fc(self._extractor), {"N": len(images), **nats}
                 scores.results[f"inception_entropy_{len(images)}"] = Result(None, note=why, protocol=nats)
         elif self._left_out:
-            for name in ("fid", "kid"):
-                scores.results[f"{name}_{len(images)}"] = Result(None, "lower", note=LEFT_OUT)
+            n = len(images)
+            names: Mapping[str, Direction] = {**DIRECTIONS, "realism": "higher", "inception_entropy": None}
+            for name, better in names.items():
+                scores.results[f"{name}_{n}"] = Result(None, better, note=LEFT_OUT, protocol={"N": n, **run_protocol})
         if self._classifier is not None:
             columns, results = self._classifier.score(images, labels, run_protocol)
             scores.columns |= columns

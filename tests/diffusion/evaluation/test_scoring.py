@@ -162,7 +162,7 @@ def test_without_inception_weights_the_reason_is_in_files_and_where_they_were_lo
     scorers = Scorers(chosen, subject(), data, "cpu")
     assert str(tmp_path) in scorers.describe()["left out"]
     results = scored(scorers, images, tmp_path).results
-    for name in ("fid", "kid"):
+    for name in ("fid", "kid", "kid_std", "is", "is_std", "precision", "recall", "realism", "inception_entropy"):
         assert results[f"{name}_36"].value is None
         assert results[f"{name}_36"].note == scorers.identity["left_out"] == scoring.LEFT_OUT
     with pytest.raises(AntherError, match=rf"nearest\.space=pixels or nearest=null.*{tmp_path}"):
