@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,8 +150,9 @@ def assemble(runs: Sequence[Run], name: str, info: Mapping[str, Any]) -> dict[st
         The scores that were computed, one value per sample; None where a score has none.
     """
     fo = database.ready()
-    # FiftyOne deletes what is not persistent when its last process ends: a killed build leaves nothing.
-    dataset = fo.Dataset(f"anther in making {os.getpid()}", overwrite=True)
+    # FiftyOne deletes what is not persistent when its last process ends: a killed build leaves nothing. Containers that
+    # share a database may share their PIDs.
+    dataset = fo.Dataset(f"anther in making {uuid4().hex}")
     try:
         embeddings, left_out = _joined(runs)
         samples = []

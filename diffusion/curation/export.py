@@ -1,12 +1,12 @@
 """A run's dataset as files for others: FiftyOne's format, and an image folder for Hugging Face `datasets`."""
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from diffusion.curation import database
 from diffusion.curation.dataset import EMBEDDING, plain, read_run, rename
@@ -80,7 +80,7 @@ def load_exported(folder: Path | str, name: str) -> str:
     if not (source / "samples.json").exists() or not (source / "metadata.json").exists():
         raise AntherError(f"{source} is no FiftyOneDataset (samples.json, metadata.json, data/): export it first.")
     fo = database.ready()
-    dataset = fo.Dataset(f"anther in loading {os.getpid()}", overwrite=True)
+    dataset = fo.Dataset(f"anther in loading {uuid4().hex}")
     try:
         dataset.add_dir(dataset_dir=str(source), dataset_type=fo.types.FiftyOneDataset, progress=False)
         rename(dataset, name)

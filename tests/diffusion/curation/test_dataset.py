@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from diffusion.curation import brain, records
+from diffusion.curation import brain, dataset, records
 from diffusion.curation.dataset import DEFINITIONS, SCORES, VIEWS, build_dataset, own_name
 from diffusion.curation.gather import find_runs, gather, main
 from diffusion.errors import AntherError
@@ -136,6 +136,21 @@ def test_a_build_that_fails_leaves_the_dataset_as_it_was(fiftyone, make_run, tmp
     assert fiftyone.load_dataset("stays").values("id") == before
     assert fiftyone.list_datasets() == names
     fiftyone.delete_dataset("stays")
+
+
+def test_two_builds_of_one_process_number_do_not_meet(fiftyone, make_run, tmp_path, monkeypatch):
+    first, second = (make_run(tmp_path / name, n=2, shape=None) for name in ("first", "second"))
+    with monkeypatch.context() as patch:
+
+        def meanwhile(made):
+            patch.undo()
+            build_dataset(second, "of the second")
+
+        patch.setattr(dataset, "_save_views", meanwhile)
+        build_dataset(first, "of the first")
+    for name in ("of the first", "of the second"):
+        assert len(fiftyone.load_dataset(name)) == 2
+        fiftyone.delete_dataset(name)
 
 
 @pytest.mark.parametrize(("n", "fields", "runs"), [(1, 2, ["uniqueness"]), (4, 1, ["pca", "uniqueness"])])
