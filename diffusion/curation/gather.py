@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion import cli
-from diffusion.curation import records
+from diffusion.curation import database, records
 from diffusion.curation.dataset import assemble, read_run, run_names
 from diffusion.errors import AntherError
 from diffusion.evaluation.results import run_folders
@@ -36,7 +36,8 @@ def gather(folders: Sequence[Path | str], name: str) -> str:
     if not runs or len({run.folder.resolve() for run in runs}) < len(runs):
         raise AntherError("gather: give the folder of each run once.")
     of_run = [{"name": run_name, **run.facts} for run, run_name in zip(runs, run_names(runs), strict=True)]
-    assemble(runs, name, {"runs": of_run})
+    with database.held():
+        assemble(runs, name, {"runs": of_run})
     return name
 
 

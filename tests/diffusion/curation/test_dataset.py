@@ -265,6 +265,17 @@ def test_what_is_neither_a_run_nor_a_sweep_is_said_in_one_sentence(sweep):
         main([str(sweep), str(sweep / "0"), "--name", "none"])
 
 
+def test_a_database_that_ends_while_runs_are_gathered_is_one_sentence(make_run, tmp_path, monkeypatch):
+    from pymongo.errors import ServerSelectionTimeoutError
+
+    def ended(*_):
+        raise ServerSelectionTimeoutError("mongodb://me:secret@host")
+
+    monkeypatch.setattr("diffusion.curation.gather.assemble", ended)
+    with pytest.raises(AntherError, match="ended while it was used"):
+        gather([make_run(tmp_path / "run", n=1, shape=None)], "none")
+
+
 def test_gathers_runs_whose_embeddings_differ(fiftyone, make_run, tmp_path):
     folders = [make_run(tmp_path / str(d), n=2, shape=(d,)) for d in (3, 4)]
     gather(folders, "mixed")
