@@ -195,20 +195,46 @@ def rename(dataset: Any, name: str) -> None:
     try:
         dataset.name = name
     except ValueError as error:
-        raise AntherError(f"FiftyOne takes no dataset named {name!r} ({error}): choose another name.") from error
+        raise _refused(name, error) from error
     dataset.persistent = True
 
 
 def own_name(name: str, folder: Path | str) -> str:
-    """The name, with a digest of the folder's path where a dataset of another folder's images has it.
+    """The name, with a digest of the folder's path where it is none for FiftyOne or not free; see `taken_by`."""
+    database.ready()  # outside: without a database no name is better than another
+    try:
+        free = taken_by(name, folder) is None
+    except AntherError:
+        free = False
+    return name if free else f"{name} {hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:6]}"
 
-    That is another run's, or this one's from where it lay before: it is not ours to replace.
+
+def taken_by(name: str, folder: Path | str) -> str | None:
+    """The dataset that has a name, unless its images are all in the folder; None where the name is free.
+
+    It is that of another run, or of this one from where it lay before: not ours to replace. To FiftyOne names that
+    differ in marks and capitals alone are one.
+
+    Raises:
+        AntherError: a name without a Latin letter or a digit, which FiftyOne does not take, or no database.
     """
-    run, fo = Path(folder).resolve(), database.ready()
-    files = fo.load_dataset(name).limit(1).values("filepath") if fo.dataset_exists(name) else []
-    if files and not Path(files[0]).resolve().is_relative_to(run):
-        return f"{name} {hashlib.sha256(str(run).encode()).hexdigest()[:6]}"
-    return name
+    fo, run = database.ready(), Path(folder).resolve()
+    import fiftyone.core.odm as foo
+    import fiftyone.core.utils as fou
+
+    try:
+        found = foo.get_db_conn().datasets.find_one({"slug": fou.to_slug(name)})
+    except ValueError as error:
+        raise _refused(name, error) from error
+    if found is None:
+        return None
+    folders = {Path(file).parent for file in fo.load_dataset(found["name"]).values("filepath")}
+    ours = found["name"] == name and folders and all(path.resolve().is_relative_to(run) for path in folders)
+    return None if ours else str(found["name"])
+
+
+def _refused(name: str, error: ValueError) -> AntherError:
+    return AntherError(f"FiftyOne takes no dataset named {name!r} ({error}): choose another name.")
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:

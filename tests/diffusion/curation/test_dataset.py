@@ -119,6 +119,19 @@ def test_the_name_of_another_folders_dataset_is_not_taken(fiftyone, make_run, tm
     fiftyone.delete_dataset("mine")
 
 
+def test_a_folder_whose_name_is_none_for_fiftyone_or_is_anothers_there_has_a_dataset(fiftyone, make_run, tmp_path):
+    built = []
+    for name in ("flowers_small-x", "flowers-small-x", "маки"):
+        run = make_run(tmp_path / name, n=2, shape=None)
+        built.append(build_dataset(run, own_name(name, run)))
+        assert own_name(name, run) == own_name(built[-1], run) == built[-1]
+    assert built[0] == "flowers_small-x"
+    for name, start in zip(built[1:], ("flowers-small-x", "маки"), strict=True):
+        assert re.fullmatch(rf"{start} [0-9a-f]{{6}}", name)
+    for name in built:
+        fiftyone.delete_dataset(name)
+
+
 def test_a_build_that_fails_leaves_the_dataset_as_it_was(fiftyone, make_run, tmp_path, monkeypatch):
     import fiftyone.brain as fob
 
