@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -207,6 +208,24 @@ def own_name(name: str, folder: Path | str) -> str:
     except AntherError:
         free = False
     return name if free else f"{name} {hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:6]}"
+
+
+def name_for(folder: Path | str, asked: str | None = None) -> str:
+    """The name of a run's dataset: the one that is asked for, else the folder's own; see `own_name`.
+
+    Raises:
+        AntherError: the name that is asked for is none for FiftyOne or not free.
+    """
+    run = Path(folder).absolute()
+    if asked is None:
+        return own_name(f"{run.parent.name}-{run.name}", run)
+    if (other := taken_by(asked, run)) is not None:
+        delete = shlex.join(["fiftyone", "datasets", "delete", other])
+        raise AntherError(
+            f"dataset.name={asked} would replace the FiftyOne data set {other!r}, which is not of this folder's images "
+            f"alone: choose another name, or remove that one with `{delete}`."
+        )
+    return asked
 
 
 def taken_by(name: str, folder: Path | str) -> str | None:

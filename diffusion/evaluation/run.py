@@ -57,6 +57,9 @@ def evaluate(config: Mapping[str, Any], folder: Path) -> float | None:
 
     def prepare() -> Scorers:
         # Weights and statistics come first: hours of drawing must not end in a file that is missing.
+        # So do the database and the name in it.
+        if _is_to_curate(config, folder):
+            _dataset_name(config["dataset"]["name"], folder)
         scorers = Scorers(config, subject, datamodule, str(fabric.device))
         claim(folder, protocol(plan))
         _announce(subject, plan, scorers, folder)
@@ -73,9 +76,8 @@ def evaluate(config: Mapping[str, Any], folder: Path) -> float | None:
     print_metrics(results)
     _track(config, folder)
     if config["dataset"] is not None:
-        name = config["dataset"]["name"]
-        if exported_name(folder) is None or name not in (None, exported_name(folder)):
-            _curate(name, folder)
+        if _is_to_curate(config, folder):
+            _curate(config["dataset"]["name"], folder)
         write_report(folder, app_command(folder))
     _publish(config, folder)
     _farewell(config, folder)
@@ -282,16 +284,27 @@ def _track(config: Mapping[str, Any], folder: Path) -> None:
         finish(loggers)
 
 
-def _curate(asked: str | None, folder: Path) -> None:
-    from diffusion.curation import database
-    from diffusion.curation.dataset import build_dataset, own_name
+def _is_to_curate(config: Mapping[str, Any], folder: Path) -> bool:
+    if config["dataset"] is None:
+        return False
+    return (exported := exported_name(folder)) is None or config["dataset"]["name"] not in (None, exported)
 
-    run = folder.absolute()
-    with database.held():
-        name = asked or own_name(f"{run.parent.name}-{run.name}", run)
+
+def _curate(asked: str | None, folder: Path) -> None:
+    from diffusion.curation.dataset import build_dataset
+
+    name = _dataset_name(asked, folder)
     build_dataset(folder, name)
     export_fiftyone(name, folder)
     print(f"FiftyOne data set {name!r}, exported to {folder / DATASET}")
+
+
+def _dataset_name(asked: str | None, folder: Path) -> str:
+    from diffusion.curation import database
+    from diffusion.curation.dataset import name_for
+
+    with database.held():
+        return name_for(folder, asked)
 
 
 def _publish(config: Mapping[str, Any], folder: Path) -> None:

@@ -23,6 +23,8 @@ import evaluate
 from diffusion import checkpoint, cli
 from diffusion.assets import AssetError, resolve
 from diffusion.build import build
+from diffusion.curation import dataset
+from diffusion.errors import AntherError
 from diffusion.evaluation import scoring, subject
 from diffusion.images import to_uint8
 from diffusion.samplers import DDIM
@@ -256,6 +258,20 @@ def test_a_sweep_ends_with_one_table_and_one_picture(
 def test_bad_input(overrides: list[str], says: str, trained: Path, refused: Callable[..., str], tmp_path: Path) -> None:
     assert says in refused("evaluate.py", f"ckpt={trained}", *QUICK, *overrides)
     assert not (tmp_path / "run" / "images").exists()
+
+
+@pytest.mark.parametrize("asked", [None, "theirs"])
+def test_the_database_is_asked_before_anything_is_drawn(
+    asked: str | None, trained: Path, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(folder: Path, name: str | None) -> None:
+        raise AntherError(f"no place for {name}.")
+
+    monkeypatch.setattr(dataset, "name_for", taken)
+    quick = [word for word in QUICK if word != "dataset=null"]
+    named = [] if asked is None else [f"dataset.name={asked}"]
+    assert f"no place for {asked}" in refused("evaluate.py", f"ckpt={trained}", *quick, *named)
+    assert not (tmp_path / "run" / "protocol.json").exists()
 
 
 def test_guidance_is_part_of_the_record(trained: Path, evaluated: Path, call: Call, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffusion.curation import brain, dataset, records
-from diffusion.curation.dataset import DEFINITIONS, SCORES, VIEWS, build_dataset, own_name
+from diffusion.curation.dataset import DEFINITIONS, SCORES, VIEWS, build_dataset, name_for, own_name
 from diffusion.curation.gather import find_runs, gather, main
 from diffusion.errors import AntherError
 
@@ -117,6 +117,22 @@ def test_the_name_of_another_folders_dataset_is_not_taken(fiftyone, make_run, tm
     assert own_name("mine", first) == "mine"
     assert re.fullmatch(r"mine [0-9a-f]{6}", own_name("mine", second))
     fiftyone.delete_dataset("mine")
+
+
+def test_a_name_that_is_asked_for_replaces_nobodys_dataset(fiftyone, make_run, tmp_path):
+    first, second = make_run(tmp_path / "first", n=3, shape=None), make_run(tmp_path / "second", n=3, shape=None)
+    assert name_for(first, "mine") == "mine"
+    build_dataset(first, "mine")
+    assert name_for(first, "mine") == "mine"
+    gather([first, second], "both")
+    fiftyone.Dataset("empty", persistent=True)
+    for folder, asked, theirs in ((second, "mine", "mine"), (first, "both", "both"), (first, "Empty", "empty")):
+        with pytest.raises(AntherError, match=f"dataset.name={asked} would replace .* delete {theirs}`"):
+            name_for(folder, asked)
+    with pytest.raises(AntherError, match="choose another name"):
+        name_for(first, "маки")
+    for name in ("mine", "both", "empty"):
+        fiftyone.delete_dataset(name)
 
 
 def test_a_folder_whose_name_is_none_for_fiftyone_or_is_anothers_there_has_a_dataset(fiftyone, make_run, tmp_path):
