@@ -163,7 +163,11 @@ def _reconstructed(originals: Reals) -> dict[str, Any]:
 
 def _check_installed(config: Mapping[str, Any]) -> None:
     wanted = {
+        "pandas": True,
         "pyarrow": True,
+        "jinja2": True,
+        "sklearn": config["embedding"] is not None,
+        "umap": config["embedding"] is not None,
         "torch_fidelity": config["inception"] is not None or config["classifier"] is not None,
         "scipy": config["classifier"] is not None,
         "fiftyone": config["dataset"] is not None,

@@ -1,5 +1,6 @@
 """evaluate.py as a person runs it."""
 
+import importlib.util
 import json
 import os
 import re
@@ -258,6 +259,16 @@ def test_a_sweep_ends_with_one_table_and_one_picture(
 def test_bad_input(overrides: list[str], says: str, trained: Path, refused: Callable[..., str], tmp_path: Path) -> None:
     assert says in refused("evaluate.py", f"ckpt={trained}", *QUICK, *overrides)
     assert not (tmp_path / "run" / "images").exists()
+
+
+@pytest.mark.parametrize("module", ["pandas", "jinja2", "sklearn", "umap"])
+def test_what_is_not_installed_is_missed_before_anything_is_drawn(
+    module: str, trained: Path, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == module else there(name, *more))
+    assert f"evaluating needs {module}, which" in refused("evaluate.py", f"ckpt={trained}", *QUICK)
+    assert not (tmp_path / "run" / "protocol.json").exists()
 
 
 @pytest.mark.parametrize("asked", [None, "theirs"])
