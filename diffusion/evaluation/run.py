@@ -4,9 +4,10 @@ import importlib.util
 import shlex
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,10 @@ def _needs_data(config: Mapping[str, Any], subject: Subject) -> bool:
 def _facts(subject: Subject, plan: Plan, made: Made, scorers: Scorers) -> dict[str, Any]:
     """Who drew the images, and how."""
     conditioner = subject.model.conditioner
-    installed = {name: version(name) for name in LIBRARIES if importlib.util.find_spec(name.replace("-", "_"))}
+    versions = {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return {
         "experiment": subject.config.get("name"),
         "checkpoint": subject.path,
@@ -205,7 +209,7 @@ def _facts(subject: Subject, plan: Plan, made: Made, scorers: Scorers) -> dict[s
         "conditioner": "none" if conditioner is None else conditioner.describe(),
         "data": _data_name(subject),
         "data_digest": scorers.data_digest,
-        "versions": installed,
+        "versions": versions,
         # Part of the images may have been there already; then nobody knows how long all of them took.
         "seconds": made.seconds if made.images == plan.num_images else None,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -89,6 +89,7 @@ def test_a_run_leaves_everything_it_promises(evaluated: Path, trained: Path) -> 
     assert run["checkpoint"] == str(trained)
     assert run["guidance_weight"] == 1.0
     assert run["steps"] == 2
+    assert run["versions"].keys() >= {"torch", "open_clip_torch", "torch-fidelity", "fiftyone"}
     score = document["metrics"]["clip_score_8/anther-flowers-32/embedded"]
     assert score["value"] == pytest.approx(frame["clip_score"].mean())
     assert "conditions the model" in score["note"]
