@@ -83,7 +83,8 @@ def publish(
         folder: of the run, with its exports `dataset/` (FiftyOneDataset) and `imagefolder/`.
         repo_id: "namespace/name".
         dry_run: only list; needs neither a token nor the network.
-        private: whether the repository is created private; a public one is refused then.
+        private: whether the repository is created private; a public one is refused then. One that exists and is private
+            stays so, whatever is asked for.
         title: of the card; the name of the repository by default.
         licence: of the images: an identifier of the hub, or words.
         endpoint: of the hub; the client's own (`HF_ENDPOINT`) by default.
@@ -112,7 +113,9 @@ def publish(
         print(f"This was a dry run: nothing was sent. To send it: {command or shlex.join(['python', '-c', code])}")
         return None
     print(f"{len(items):,} files, {total:,} bytes go to the {kind} dataset repository {repo_id}.", flush=True)
-    commit, url = _Sender(repo_id, endpoint).send(items, total, private)
+    sender = _Sender(repo_id, endpoint)
+    commit, private = sender.send(items, total, private)
+    url = sender.url
     record = {"repo": repo_id, "url": url, "commit": commit, "private": private, "files": len(items), "bytes": total}
     with atomic(folder / PUBLISHED) as temporary:
         temporary.write_text(json.dumps(record | {"time": datetime.now(UTC).isoformat()}, indent=2) + "\n")
@@ -214,8 +217,8 @@ class _Sender:
         self.url = f"{self.api.endpoint}/datasets/{repo_id}"
         self.sent = "nothing was sent"
 
-    def send(self, items: list[Item], total: int, private: bool) -> tuple[str, str]:
-        """Creates the repository and sends the files; returns the last commit and the address."""
+    def send(self, items: list[Item], total: int, private: bool) -> tuple[str, bool]:
+        """Creates the repository and sends the files; returns the last commit, and whether it is private there."""
         repo: dict[str, Any] = {"repo_id": self.repo_id, "repo_type": "dataset"}
         self._try("create the repository", lambda: self.api.create_repo(**repo, private=private, exist_ok=True))
         info = self._try("look at the repository", lambda: self.api.dataset_info(self.repo_id))
@@ -224,6 +227,8 @@ class _Sender:
                 f"{self.url} exists and is public, but a private one was asked for, so nothing was sent: choose "
                 "another publish.repo_id or set publish.private=false."
             )
+        if info.private and not private:
+            print(f"{self.url} exists and is private and stays so: make it public in its settings there.", flush=True)
         there = self._try("look at the repository", lambda: self.api.list_repo_files(**repo))
         ours = {item.path for item in items}
         if foreign := [path for path in there if path.startswith("test/") and path not in ours]:
@@ -247,7 +252,7 @@ class _Sender:
             done += len(batch)
             self.sent = f"{done:,} of {len(items):,} files are committed"
             print(self.sent, flush=True)
-        return commit.oid, self.url
+        return commit.oid, bool(info.private)
 
     def _commit(self, repo: dict[str, Any], batch: list[Item], message: str) -> "CommitInfo":
         # New operations for every attempt: the client asks the hub again what is there, so that a commit whose answer

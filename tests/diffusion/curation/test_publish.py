@@ -198,6 +198,14 @@ def test_public_by_name_only(run, hub):
     assert len(hub.repos[REPO].commits) == commits
 
 
+def test_a_private_repository_stays_private_and_is_recorded_so(run, hub, capsys):
+    send(run, hub)
+    send(run, hub, private=False)
+    assert f"{hub.url}/datasets/{REPO} exists and is private and stays so" in capsys.readouterr().out
+    assert hub.repos[REPO].private
+    assert json.loads((run / "published.json").read_text())["private"] is True
+
+
 def test_foreign_files_are_not_mixed_with_ours(run, hub):
     send(run, hub)
     hub.repos[REPO].commit("by hand", hub.repos[REPO].files() | {"test/data/999999.png": b"x", "notes.txt": b"y"})
