@@ -100,6 +100,10 @@ class Extractor:
             AntherError: images of another type, range or number of channels.
         """
         self.check(images)
+        return self.part_features(images, batch_size, label)
+
+    def part_features(self, images: Tensor, batch_size: int = 32, label: str | None = None) -> Features:
+        """The same of a part of images that were checked as a whole: a part may be dark."""
         n = len(images)
         pool = np.empty((n, self.dim), np.float32)
         logits = np.empty((n, 1008), np.float32) if self.has_logits else None
@@ -124,31 +128,32 @@ class Extractor:
         Raises:
             AntherError: see `features`, or the disk is full.
         """
+        self.check(images)
         pool = Rows.scratch(folder, self.dim)
         logits = Rows.scratch(folder, 1008) if self.has_logits else None
         for part in parts(len(images), _FILED, label):
-            found = self.features(images[part])
+            found = self.part_features(images[part])
             pool.append(found.pool[:])
             if logits is not None and found.logits is not None:
                 logits.append(found.logits[:])
         return Features(pool, logits)
 
-    def check(self, images: Tensor) -> None:
+    def check(self, images: Images) -> None:
         """Refuses what would give numbers that mean nothing.
 
         Raises:
             AntherError: see `features`.
         """
-        if images.ndim != 4 or images.shape[1] not in (1, 3):
+        if len(images.shape) != 4 or images.shape[1] not in (1, 3):
             raise AntherError(f"Inception needs images of shape (N, 3, H, W), not {tuple(images.shape)}.")
-        if images.dtype != torch.uint8:
+        if isinstance(images, Tensor) and images.dtype != torch.uint8:
             span = f" with values from {float(images.min()):.3g} to {float(images.max()):.3g}" if images.numel() else ""
             raise AntherError(
                 f"Inception needs uint8 images, 0 to 255, not {str(images.dtype).removeprefix('torch.')}{span}: "
                 "scaled and rounded in two ways the same images get two scores; make them with "
                 "diffusion.images.to_uint8, which takes [-1, 1]."
             )
-        if images.numel() and int(images.max()) == 1:
+        if _brightest(images) == 1:
             raise AntherError(
                 "Inception needs images from 0 to 255, and no value of these is above 1: they were made uint8 from "
                 "[0, 1] or [-1, 1] without scaling; make them with diffusion.images.to_uint8, which takes [-1, 1]."
@@ -159,6 +164,15 @@ class Extractor:
                 'do not compare with any others; allow them by name with one_channel="repeat", or take the features '
                 "of a classifier of such images."
             )
+
+
+def _brightest(images: Images) -> int:
+    """The largest value; where one is above 1, the largest of the first part that has such a one."""
+    value = 0
+    for part in parts(len(images), _FILED):
+        if (value := max(value, int(images[part].max()))) > 1:
+            break
+    return value
 
 
 def load_extractor(

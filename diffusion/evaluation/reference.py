@@ -89,7 +89,7 @@ def reference(pixels: Images, names: Sequence[str], digest: str, split: str, ext
         raise ValueError(f"{len(names)} names for {len(pixels)} images")
     if len(pixels) < 2:
         raise AntherError(f"the split {split!r} has {len(pixels)} images, which have no covariance; choose another.")
-    extractor.check(pixels[:_CHUNK])
+    extractor.check(pixels)
     protocol = {**extractor.protocol, "image_shape": list(pixels.shape[1:])}
     folder = cache_dir() / "references" / _key(pixels, names, digest, split, protocol)
     stored = _load(folder, len(pixels), extractor.dim)
@@ -118,7 +118,7 @@ def _compute(folder: Path, pixels: Images, label: str, extractor: Extractor) -> 
         header = {"descr": "<f4", "fortran_order": False, "shape": (n, dim)}
         np.lib.format.write_array_header_1_0(file, header)
         for part in parts(n, _CHUNK, label):
-            file.write(extractor.features(pixels[part]).pool[:].data)
+            file.write(extractor.part_features(pixels[part]).pool[:].data)
     features = np.load(folder / "features.npy", mmap_mode="r", allow_pickle=False)
     mu, sigma = moments(features)
     balls = radii(features, NEIGHBOURS) if n > NEIGHBOURS else np.zeros(0)

@@ -118,6 +118,16 @@ def test_what_inception_cannot_score_is_refused_with_the_reason(pixels, extracto
     assert len(extractor.features(pixels[:0])) == 0
 
 
+def test_a_part_may_be_dark_but_not_the_whole(pixels, extractor, tmp_path, monkeypatch):
+    monkeypatch.setattr(inception, "_FILED", 2)
+    images = pixels[:3].clone()
+    images[2] %= 2
+    rows = extractor.filed_features(images, tmp_path).pool[:]
+    np.testing.assert_allclose(rows, extractor.features(images).pool, atol=1e-4)
+    with pytest.raises(AntherError, match="without scaling"):
+        extractor.filed_features(images % 2, tmp_path)
+
+
 def test_one_channel_is_allowed_by_name_only(pixels, extractor, full_weights):
     grey = pixels[:1, :1]
     with pytest.raises(AntherError, match=r'colour photographs only.*one_channel="repeat"'):
