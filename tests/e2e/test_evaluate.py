@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from urllib.request import urlopen
 
 import numpy as np
@@ -26,7 +27,7 @@ from diffusion.assets import AssetError, resolve
 from diffusion.build import build
 from diffusion.curation import dataset
 from diffusion.errors import AntherError
-from diffusion.evaluation import scoring, subject
+from diffusion.evaluation import clip_score, scoring, subject
 from diffusion.images import to_uint8
 from diffusion.samplers import DDIM
 
@@ -210,10 +211,17 @@ def test_the_models_own_sampler_and_weight_are_the_default(trained: Path, call: 
 def test_a_sweep_ends_with_one_table_and_one_picture(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    loads: list[object] = []
-    original = subject.load_model
-    monkeypatch.setattr(subject, "load_model", lambda *args: loads.append(args) or original(*args))
-    subject._load.cache_clear()
+    loads: list[str] = []
+
+    def count(module: ModuleType, name: str) -> None:
+        load = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: loads.append(name) or load(*args))
+
+    count(subject, "load_model")
+    count(subject, "rebuild")  # of data
+    count(clip_score, "ClipScore")
+    for cached in (subject._load, subject._build_data, scoring.load_clip_scorer):
+        cached.cache_clear()
     sweep = tmp_path / "sweep"
     overrides = [
         f"ckpt={trained}",
@@ -225,7 +233,7 @@ def test_a_sweep_ends_with_one_table_and_one_picture(
     monkeypatch.setattr(sys, "argv", [str(ROOT / "evaluate.py"), "-m", *overrides])
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     cli.run(evaluate.main)
-    assert len(loads) == 1
+    assert sorted(loads) == ["ClipScore", "load_model", "rebuild"]
     table = pd.read_csv(sweep / "sweep.csv")
     assert list(table["guidance.weight"]) == [0, 2, 10]
     assert (sweep / "sweep.png").stat().st_size > 0
