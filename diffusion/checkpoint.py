@@ -5,6 +5,7 @@ import shlex
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from diffusion.build import rebuild
 from diffusion.differences import differences
 from diffusion.errors import AntherError
+from diffusion.files import sha256
 from diffusion.guidance import Guidance
 from diffusion.modules.diffusion import Diffusion
 from diffusion.modules.generator import Generator
@@ -211,7 +213,7 @@ def load_guidance(node: Mapping[str, Any], model: Generator) -> Guidance:
     rescale = own.rescale if node["rescale"] is None else node["rescale"]
     if bad is None:
         return Guidance(interval, rescale)
-    other = load_model(bad)
+    other = _load_worse(str(bad), sha256(bad)) if Path(bad).is_file() else load_model(bad)
     if not isinstance(other, Diffusion):
         raise AntherError(f"{bad} cannot guide this model as guidance.bad: it is no diffusion model; give one.")
     if found := differences(_world(other), _world(model)):
@@ -220,6 +222,12 @@ def load_guidance(node: Mapping[str, Any], model: Generator) -> Guidance:
             "condition and schedule."
         )
     return Guidance(interval, rescale, other.to(model.device).denoiser)
+
+
+# For the jobs of a sweep, which follow each other in one process.
+@lru_cache(maxsize=1)
+def _load_worse(path: str, digest: str) -> Generator:
+    return load_model(path)
 
 
 def _world(model: Diffusion) -> dict[str, Any]:

@@ -82,6 +82,17 @@ def load_clip_scorer(model: str, pretrained: str, device: str) -> "ClipScore":
     return scorer
 
 
+@lru_cache(maxsize=1)
+def load_classifier_scorer(
+    weights: str, threshold: float | None, split: str, datamodule: Any, device: str
+) -> "ClassifierScore":
+    """The classifier that scores, and the features of the real images of a split."""
+    from diffusion.evaluation.classifier_score import ClassifierScore
+
+    reals = read_reals(datamodule, split)
+    return ClassifierScore(weights, threshold, reals.pixels, reals.split, reals.digest, device)
+
+
 class Scorers:
     """Everything that scores the images of a run, loaded before the first image is drawn.
 
@@ -109,7 +120,10 @@ class Scorers:
             self._clip = load_clip_scorer(config["clip"]["model"], config["clip"]["pretrained"], device)
         self._classifier = None
         if config["classifier"] is not None:
-            self._classifier = self._load_classifier(config["classifier"], datamodule, device)
+            node = config["classifier"]
+            self._classifier = load_classifier_scorer(
+                node["weights"], node["threshold"], node["split"], datamodule, device
+            )
         self.training: Reals | None = None
         self._extractor: Extractor | None = None
         self._reference: Reference | None = None
@@ -123,12 +137,6 @@ class Scorers:
             self._prepare_inception(reals, config["num_images"], device)
             if self._nearest is not None and self._nearest["space"] == "inception":
                 self._training_features = self._find_training_features(reals)
-
-    def _load_classifier(self, node: Mapping[str, Any], datamodule: Any, device: str) -> "ClassifierScore":
-        from diffusion.evaluation.classifier_score import ClassifierScore
-
-        reals = read_reals(datamodule, node["split"])
-        return ClassifierScore(node["weights"], node["threshold"], reals.pixels, reals.split, reals.digest, device)
 
     def _check_nearest(self) -> None:
         space = self._nearest["space"]

@@ -218,9 +218,10 @@ def test_a_sweep_ends_with_one_table_and_one_picture(
         monkeypatch.setattr(module, name, lambda *args: loads.append(name) or load(*args))
 
     count(subject, "load_model")
+    count(checkpoint, "load_model")  # of what guidance leads away from
     count(subject, "rebuild")  # of data
     count(clip_score, "ClipScore")
-    for cached in (subject._load, subject._build_data, scoring.load_clip_scorer):
+    for cached in (subject._load, subject._build_data, scoring.load_clip_scorer, checkpoint._load_worse):
         cached.cache_clear()
     sweep = tmp_path / "sweep"
     overrides = [
@@ -228,12 +229,13 @@ def test_a_sweep_ends_with_one_table_and_one_picture(
         *QUICK,
         "objective=clip_score",
         "guidance.weight=0,2,10",
+        f"guidance.bad={trained}",
         f"hydra.sweep.dir={sweep}",
     ]
     monkeypatch.setattr(sys, "argv", [str(ROOT / "evaluate.py"), "-m", *overrides])
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     cli.run(evaluate.main)
-    assert sorted(loads) == ["ClipScore", "load_model", "rebuild"]
+    assert sorted(loads) == ["ClipScore", "load_model", "load_model", "rebuild"]
     table = pd.read_csv(sweep / "sweep.csv")
     assert list(table["guidance.weight"]) == [0, 2, 10]
     assert (sweep / "sweep.png").stat().st_size > 0

@@ -1,9 +1,12 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from diffusion.errors import AntherError
+from diffusion.evaluation import scoring
 from diffusion.evaluation.classifier import export_classifier
 from diffusion.evaluation.classifier_score import ClassifierScore
 from diffusion.networks.classifier import LeNet, infer
@@ -32,6 +35,19 @@ def weights(network, tmp_path):
 
 def scorer(weights, threshold=None, reals=None):
     return ClassifierScore(weights, threshold, pixels(300, 1) if reals is None else reals, "test", "digest", "cpu")
+
+
+def test_the_jobs_of_a_sweep_share_the_features_of_the_reals(weights, monkeypatch):
+    class Data:
+        table = SimpleNamespace(digest="digest")
+
+    reals = SimpleNamespace(pixels=pixels(20, 1), split="test", digest="digest")
+    monkeypatch.setattr(scoring, "read_reals", lambda *_: reals)
+    node = {"weights": weights, "threshold": None, "split": "test"}
+    config = {"clip": None, "inception": None, "nearest": None, "classifier": node}
+    data = Data()
+    first, second = (scoring.Scorers(config, None, data, "cpu") for _ in range(2))
+    assert first._classifier is second._classifier
 
 
 def test_columns_are_what_the_network_says_of_each_image(network, weights):
