@@ -207,6 +207,7 @@ def _facts(subject: Subject, plan: Plan, made: Made, scorers: Scorers) -> dict[s
         "T": plan.T,
         "image_shape": list(subject.model.image_shape),
         "conditioner": "none" if conditioner is None else conditioner.describe(),
+        "caution": _caution(subject, plan),
         "data": _data_name(subject),
         "data_digest": scorers.data_digest,
         "versions": versions,
@@ -215,6 +216,12 @@ def _facts(subject: Subject, plan: Plan, made: Made, scorers: Scorers) -> dict[s
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         **protocol(plan),
     }
+
+
+def _caution(subject: Subject, plan: Plan) -> str | None:
+    """What the config that describes weights from elsewhere says of them under guidance."""
+    said: str | None = subject.config.get("guided_elsewhere")
+    return said if plan.model_config_sha256 is not None and plan.weight else None
 
 
 def _data_name(subject: Subject) -> str | None:
@@ -343,6 +350,7 @@ def _announce(subject: Subject, plan: Plan, scorers: Scorers, folder: Path) -> N
         "prompts": prompts + (" …" if plan.prompts and len(plan.prompts) > 3 else ""),
         "sampler": "none" if plan.sampler is None else f"{type(plan.sampler).__name__}, {plan.steps} steps",
         "guidance": "none" if plan.weight is None else f"w = {plan.weight}{plan.guidance.describe()}",
+        **({} if (caution := _caution(subject, plan)) is None else {"caution": caution}),
         **scorers.describe(),
         "folder": str(folder),
     }

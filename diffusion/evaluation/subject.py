@@ -115,7 +115,8 @@ def described(name: str) -> dict[str, Any]:
     # What speaks of the run itself, such as its folder, does not resolve here and is not needed.
     wanted = {key: config[key] for key in ("module", "data") if key in config}
     return {key: OmegaConf.to_container(node, resolve=True) for key, node in wanted.items()} | {
-        "name": str(config.get("name", Path(name).stem))
+        "name": str(config.get("name", Path(name).stem)),
+        "guided_elsewhere": config.get("guided_elsewhere"),
     }
 
 

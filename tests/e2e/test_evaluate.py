@@ -155,7 +155,9 @@ def test_the_nearest_image_is_the_nearest(evaluated: Path, trained: Path) -> Non
         assert frame["nearest_real"][row] == data.table.names[data.splits["train"][distances.argmin()]]
 
 
-def test_weights_from_elsewhere_with_a_config_draw_the_same(trained: Path, evaluated: Path, call: Call) -> None:
+def test_weights_from_elsewhere_with_a_config_draw_the_same(
+    trained: Path, evaluated: Path, call: Call, capfd: pytest.CaptureFixture[str]
+) -> None:
     saved = checkpoint.read(trained)
     bare = evaluated.parent / "bare.pth"
     # As torch.compile and torch.save leave it.
@@ -167,8 +169,13 @@ def test_weights_from_elsewhere_with_a_config_draw_the_same(trained: Path, evalu
         },
         bare,
     )
-    described_by = trained.parents[1] / ".hydra" / "config.yaml"
+    described_by = evaluated.parent / "bare.yaml"
+    config = (trained.parents[1] / ".hydra" / "config.yaml").read_text()
+    described_by.write_text(f"{config}guided_elsewhere: never so\n")
     folder = call("evaluate.py", f"ckpt={bare}", f"model={described_by}", *QUICK, "nearest=null", "clip=null")
+    assert "caution   never so" in capfd.readouterr().out
+    assert metrics(folder)["run"]["caution"] == "never so"  # type: ignore[index]
+    assert "guidance.weight=0" in subject.described("flowers_course")["guided_elsewhere"]
     for path in (evaluated / "images").iterdir():
         there, here = (np.asarray(Image.open(p), dtype=int) for p in (path, folder / "images" / path.name))
         # One process has one thread and the other as many as there are: equal to the rounding of sums.
