@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from diffusion.assets import cache_dir
+from diffusion.assets import Asset, AssetError, cache_dir, resolve
 from diffusion.errors import AntherError
 from diffusion.files import sha256
 
@@ -243,7 +243,7 @@ def find_clip(model: str, pretrained: str, setting: str = "conditioner") -> Clip
 
 
 def resolve_open_clip(model: str, tag: str, setting: str = "conditioner") -> Path:
-    """The weights of an open_clip tag: the project's cache, the hub's cache, OpenAI's cache, then the hub.
+    """The weights of an open_clip tag: the project's cache, the hub's cache, OpenAI's cache, the hub, OpenAI.
 
     Raises:
         AntherError: they are nowhere and the hub cannot be reached, or may not be (HF_HUB_OFFLINE).
@@ -272,6 +272,13 @@ def resolve_open_clip(model: str, tag: str, setting: str = "conditioner") -> Pat
     except Exception as error:  # The hub's client raises its own errors, its transport's and the system's.
         lines = str(error).strip().splitlines() or [""]
         reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{type(error).__name__}: {lines[0]}"
+    # OpenAI's own address has the checksum of the file in it.
+    if not constants.HF_HUB_OFFLINE and (digest := re.search("/([0-9a-f]{64})/", weights["url"])):
+        kept, official = f"open_clip/{openai.name}", (weights["url"],)
+        try:
+            return resolve(Asset(f"OpenAI's CLIP {model}", kept, 0, "MIT", digest[1], official))
+        except AssetError:
+            reason += f", nor did {weights['url']}"
     file = f"{setting}.pretrained=/path/to/{names[0]}"
     if weights.get("quick_gelu") and not model.endswith("-quickgelu"):
         file = f"{setting}.model={model}-quickgelu {file}"

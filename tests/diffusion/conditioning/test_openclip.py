@@ -2,6 +2,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import threading
 import time
 import zipfile
@@ -213,13 +214,8 @@ def test_openai_archives_are_recognised_by_their_published_checksum(tmp_path, mo
 def test_missing_weights_are_one_sentence_within_seconds(tmp_path, offline, monkeypatch):
     from huggingface_hub import constants
 
+    without_a_hub(monkeypatch, tmp_path, f"http://127.0.0.1:9/{'0' * 64}/ViT-B-32.pt")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    # Port 9 refuses at once: what a closed network does for names it cannot resolve.
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, "http://127.0.0.1:9")
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setenv("HOME", str(tmp_path))
     clip_config("ViT-B-32", "openai")  # imports are not what is timed
     start = time.monotonic()
     with pytest.raises(AntherError) as error:
@@ -231,6 +227,39 @@ def test_missing_weights_are_one_sentence_within_seconds(tmp_path, offline, monk
         assert part in message
     assert ("HF_HUB_OFFLINE" in message) == offline
     assert ("refused" in message) != offline
+    assert ("nor did http://127.0.0.1:9/" in message) != offline
+
+
+def without_a_hub(monkeypatch, folder, url):
+    """Neither hub nor caches, and OpenAI's weights at an address of ours."""
+    import open_clip
+    from huggingface_hub import constants
+
+    # Port 9 refuses at once: what a closed network does for names it cannot resolve.
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("ANTHER_CACHE", str(folder / "cache"))
+    tags = open_clip.pretrained._PRETRAINED["ViT-B-32"]
+    monkeypatch.setitem(tags, "openai", {**tags["openai"], "url": url})
+
+
+def test_openais_own_address_is_tried_where_the_hub_is_out_of_reach(tmp_path, monkeypatch):
+    published = tmp_path / hashlib.sha256(b"the weights").hexdigest() / "ViT-B-32.pt"
+    published.parent.mkdir()
+    published.write_bytes(b"the weights")
+    without_a_hub(monkeypatch, tmp_path, published.as_uri())
+    assert resolve_open_clip("ViT-B-32", "openai") == tmp_path / "cache" / "assets" / "open_clip" / "ViT-B-32.pt"
+    published.unlink()
+    assert resolve_open_clip("ViT-B-32", "openai").read_bytes() == b"the weights"
+    shutil.rmtree(tmp_path / "cache")
+    published.write_bytes(b"the weighst")
+    with pytest.raises(AntherError, match=r"nor did file://"):
+        resolve_open_clip("ViT-B-32", "openai")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 def test_the_hubs_cache_is_used_without_a_network(tmp_path, monkeypatch):
