@@ -40,8 +40,7 @@ def stand_in() -> Any:
             self.one_channel, self.weights_hash = "refuse", "none"
             self.protocol = {"extractor": self.name}
 
-        def features(self, images: torch.Tensor, batch_size: int = 32, label: str | None = None) -> Features:
-            self.check(images)
+        def part_features(self, images: torch.Tensor, batch_size: int = 32, label: str | None = None) -> Features:
             pool = (images.flatten(1).float() / 255 @ self._first).relu()
             return Features(pool.numpy(), (pool @ self._second).numpy())
 

@@ -103,7 +103,7 @@ class GenerationFid(Callback):
         mine = self._cells(pl_module)[trainer.global_rank :: trainer.world_size]
         for k in range(0, len(mine), self.batch_size):
             images = draw(pl_module, mine[k : k + self.batch_size], self.batch_size, self.sampler)
-            rows = np.asarray(self._extractor.features(to_uint8(images)).pool[:], np.float64)
+            rows = np.asarray(self._extractor.part_features(to_uint8(images)).pool[:], np.float64)
             self._metric.update(torch.from_numpy(rows).to(self._metric.device), real=False)
         pl_module.log(f"val/fid_{self.num_images}", self._metric.compute().float(), prog_bar=True)
         self._metric.reset()

@@ -31,7 +31,7 @@ def trained(tmp_path, data, extractor, **options):
     drawn = m.sample([PROMPTS[k % 3] for k in range(50)], range(5, 55)).clamp(-1, 1)
     split = options.get("split", "all")
     reals = torch.cat([data.pixels(name) for name in (("train", "val") if split == "all" else (split,))])
-    by_hand = fid(extractor.features(to_uint8(drawn)).pool, *moments(extractor.features(reals).pool[:]))
+    by_hand = fid(extractor.part_features(to_uint8(drawn)).pool, *moments(extractor.part_features(reals).pool[:]))
     return float(best.best_model_score), by_hand
 
 

@@ -51,7 +51,7 @@ class Corners:
 
     def check(self, images: torch.Tensor) -> None: ...
 
-    def features(self, images: torch.Tensor) -> Features:
+    def part_features(self, images: torch.Tensor) -> Features:
         return Features(images[:, :2, :2, :2].flatten(1).numpy().astype(np.float32) / 255)
 
 

@@ -159,7 +159,7 @@ class Corners(Extractor):
         self.has_logits, self.one_channel, self.weights_hash = False, "refuse", "c0" * 32
         self.protocol = {"extractor": "corners", "weights_sha256": self.weights_hash}
 
-    def features(self, images: torch.Tensor, batch_size: int = 32, label: str | None = None) -> Features:
+    def part_features(self, images: torch.Tensor, batch_size: int = 32, label: str | None = None) -> Features:
         return Features(images[:, :, :2, :2].flatten(1).numpy().astype(np.float32) / 255)
 
 

@@ -455,3 +455,38 @@ def browse(*words: str) -> str:
         finally:
             process.kill()
     return said
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_curates_ends_in_the_same_data_set(
+    trained: Path, command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIFTYONE_DATABASE_DIR", str(tmp_path / "db"))
+    monkeypatch.setenv("FIFTYONE_CONFIG_PATH", str(tmp_path / "fiftyone.json"))
+    words = [f"ckpt={trained}", *(word for word in QUICK if not word.startswith("dataset"))]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = command("evaluate.py", *words, f"hydra.run.dir={whole}")
+    assert done.returncode == 0, done.stderr
+    with subprocess.Popen([sys.executable, "evaluate.py", *words, f"hydra.run.dir={killed}"], cwd=ROOT) as process:
+        try:
+            # The page comes right before the data set, which takes seconds.
+            while not (killed / "report.html").exists() and process.poll() is None:
+                time.sleep(0.05)
+            time.sleep(1)
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (killed / "dataset").exists(), "it was killed too late to show anything"
+    done = command("evaluate.py", *words, f"hydra.run.dir={killed}")
+    assert done.returncode == 0, done.stderr
+    one, other = (json.loads((folder / "dataset" / "samples.json").read_text()) for folder in (whole, killed))
+    assert len(one["samples"]) == 8
+    assert without_identity(one) == without_identity(other)
+
+
+def without_identity(node: object) -> object:
+    """An export without what the database gives each sample anew: identifiers and times."""
+    if isinstance(node, dict):
+        anew = ("_id", "created_at", "last_modified_at")
+        return {key: without_identity(value) for key, value in node.items() if key not in anew}
+    return [without_identity(value) for value in node] if isinstance(node, list) else node

@@ -28,10 +28,13 @@ def computations(monkeypatch):
     from diffusion.evaluation.inception import Extractor
 
     seen = []
-    features = Extractor.features
-    monkeypatch.setattr(
-        Extractor, "features", lambda self, images, *args: seen.append(len(images)) or features(self, images, *args)
-    )
+    features = Extractor.part_features
+
+    def watched(self, images, *args):
+        seen.append(len(images))
+        return features(self, images, *args)
+
+    monkeypatch.setattr(Extractor, "part_features", watched)
     return seen
 
 
@@ -115,7 +118,7 @@ def test_a_broken_reference_is_computed_again_with_a_notice(damage, pixels, extr
 def test_an_interrupted_computation_leaves_no_half_file(pixels, extractor, monkeypatch):
     from diffusion.evaluation.inception import Extractor
 
-    features, calls = Extractor.features, []
+    features, calls = Extractor.part_features, []
 
     def killed(self, images, *args):
         calls.append(1)
@@ -123,7 +126,7 @@ def test_an_interrupted_computation_leaves_no_half_file(pixels, extractor, monke
             raise KeyboardInterrupt
         return features(self, images, *args)
 
-    monkeypatch.setattr(Extractor, "features", killed)
+    monkeypatch.setattr(Extractor, "part_features", killed)
     with pytest.raises(KeyboardInterrupt):
         reference(pixels, NAMES, "d", "train", extractor)
     assert [path for path in (cache_dir() / "references").rglob("*") if path.is_file()] == []
