@@ -24,7 +24,7 @@ test: $(READY) ## the default test suite, on two processes
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(READY) ## the tests that need minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist worksteal
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

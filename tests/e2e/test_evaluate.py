@@ -471,8 +471,7 @@ def test_a_run_that_is_killed_while_it_curates_ends_in_the_same_data_set(
         try:
             # The page comes right before the data set, which takes seconds.
             while not (killed / "report.html").exists() and process.poll() is None:
-                time.sleep(0.05)
-            time.sleep(1)
+                time.sleep(0.02)
         finally:
             process.kill()
     assert process.returncode == -signal.SIGKILL

@@ -127,14 +127,15 @@ def test_sigterm_ends_an_evaluation_and_it_goes_on(
     forks: Forks, whole: Path, whole_evaluation: Path, tmp_path: Path
 ) -> None:
     words = ["evaluate.py", f"ckpt={whole}/checkpoints/last.ckpt", *EVALUATE, f"hydra.run.dir={tmp_path / 'run'}"]
-    statuses = []
-    for seconds in (0.5, 1.0, 1.5, 2.0):
+    printed = []
+    for seconds in (0.5, 1.0, 2.0, 4.0):
         ended = forks.run(*words, after=seconds, number=15)
-        statuses.append(ended.status)
         if ended.status == 143:
-            assert f"stopped by SIGTERM: the same command with hydra.run.dir={tmp_path / 'run'} goes" in ended.printed
+            printed.append(ended.printed)
+            assert "stopped by SIGTERM" in ended.printed
             assert "Traceback" not in ended.printed
-    assert 143 in statuses
+    # The first may have been stopped before it knew its folder.
+    assert f"stopped by SIGTERM: the same command with hydra.run.dir={tmp_path / 'run'} goes" in "".join(printed)
     assert forks.run(*words).status == 0
     assert difference(evaluated(whole_evaluation), evaluated(tmp_path / "run")) is None
 
