@@ -13,9 +13,7 @@ N = 12
 NAMES = ("5_o_Clock_Shadow", "Male", "Smiling", "Young")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ANTHER_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("fresh_cache")
 
 
 @pytest.fixture

@@ -9,10 +9,7 @@ from datamodules.exclusion import Exclusion, read_exclusions, write_exclusions
 from datamodules.folders import FolderImages, PlainFolder
 from diffusion.errors import AntherError
 
-
-@pytest.fixture(autouse=True)
-def _fresh_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ANTHER_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("fresh_cache")
 
 
 @pytest.fixture

@@ -21,9 +21,7 @@ DATA = Path(os.environ.get("ANTHER_TEST_DATA", ""))
 N = 306  # three images of each species
 
 
-@pytest.fixture(autouse=True)
-def _fresh_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ANTHER_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("fresh_cache")
 
 
 @pytest.fixture

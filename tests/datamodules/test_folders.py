@@ -27,8 +27,7 @@ DATA = Path(os.environ.get("ANTHER_TEST_DATA", ""))
 
 
 @pytest.fixture(autouse=True)
-def _fresh_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ANTHER_CACHE", str(tmp_path / "cache"))
+def _own_folder(fresh_cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 

@@ -23,10 +23,7 @@ from datamodules.base import (
 from diffusion.assets import cache_dir
 from diffusion.errors import AntherError
 
-
-@pytest.fixture(autouse=True)
-def _fresh_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ANTHER_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("fresh_cache")
 
 
 def make_table(n=50, side=8, channels=3):

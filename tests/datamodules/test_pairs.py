@@ -19,8 +19,7 @@ from diffusion.errors import AntherError
 
 
 @pytest.fixture(autouse=True)
-def _fresh_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ANTHER_CACHE", str(tmp_path / "cache"))
+def _no_silent_hosts(fresh_cache, monkeypatch):
     monkeypatch.setattr(assets, "_silent_hosts", set())
 
 
