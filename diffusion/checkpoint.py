@@ -1,6 +1,7 @@
 """Checkpoints: what one is, whether it fits, and the model inside."""
 
 import json
+import math
 import shlex
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from diffusion.ranks import learnt
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 """Of a run: the checkpoint that it goes on from, and the one before."""
 
-_BATCHES = ("devices", "num_nodes", "accumulate_grad_batches")  # of the trainer: how many batches make one
+_BATCHES = ("devices", "num_nodes", "accumulate_grad_batches")  # of the trainer: how many batches make one step
 
 
 def read(path: Path | str) -> dict[str, Any]:
@@ -122,13 +123,22 @@ def check_goes_on(before: Mapping[str, Any], config: Mapping[str, Any], folder: 
     there, here = (_trained(json.loads(json.dumps(settings))) for settings in (before, config))
     if any(before["trainer"].get(key) != config["trainer"].get(key) for key in _BATCHES):
         # To train the same on other numbers of devices, the batch of each is made another.
-        there["data"].pop("batch_size", None)
-        here["data"].pop("batch_size", None)
+        sizes = [_images_per_step(parts, settings) for parts, settings in ((there, before), (here, config))]
+        if None not in sizes:
+            there["images per step"], here["images per step"] = sizes
     if found := differences(there, here):
         raise AntherError(
             f"{folder} holds a run with other settings: {found}; give the same settings, or choose another "
             "hydra.run.dir."
         )
+
+
+def _images_per_step(parts: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
+    """Takes the batch size out of the parts; how many images it makes of one step, where the config tells."""
+    factors = [parts["data"].pop("batch_size", None), *(config["trainer"].get(key, 1) for key in _BATCHES)]
+    # A list names the devices; "auto" and -1 are as many as there are.
+    numbers = [len(factor) if isinstance(factor, list) else factor for factor in factors]
+    return math.prod(numbers) if all(isinstance(n, int) and n > 0 for n in numbers) else None
 
 
 def _trained(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from diffusion.errors import AntherError
 from diffusion.files import atomic
@@ -52,9 +53,9 @@ class Contrastive(lightning.LightningModule):
 
     Args:
         model_cfg: an `open_clip` model config: embed_dim, vision_cfg, text_cfg. The image size is that of the data.
-        lr: peak learning rate of AdamW; a linear warm-up leads to it, a cosine to 0 away from it.
-        weight_decay: of matrices; vectors, embeddings and the temperature have none.
-        warmup: share of the steps.
+        optimizer: groups of parameters -> optimizer; its weight decay is that of matrices, for vectors, embeddings and
+            the temperature have none.
+        scheduler: (optimizer, total_steps) -> Lightning's `lr_scheduler` config; see `modules.learning_rate`.
         name: what the exported model is called.
         file_name: of the export, in the run folder.
     """
@@ -63,9 +64,8 @@ class Contrastive(lightning.LightningModule):
         self,
         *,
         model_cfg: Mapping[str, Any],
-        lr: float = 1e-3,
-        weight_decay: float = 0.05,
-        warmup: float = 0.05,
+        optimizer: Callable[[Iterable[dict[str, Any]]], Optimizer],
+        scheduler: Callable[[Optimizer, int], dict[str, Any]] | None = None,
         name: str = "anther-flowers-32",
         file_name: str = "flowers_clip.safetensors",
     ) -> None:
@@ -74,7 +74,7 @@ class Contrastive(lightning.LightningModule):
 
         self.model_cfg = json.loads(json.dumps(model_cfg))  # plain and our own
         self.clip = CLIP(**self.model_cfg)
-        self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
+        self._make_optimizer, self._make_scheduler = optimizer, scheduler
         self.name, self.file_name = name, file_name
         # The resolved config of the run; the entry point sets it, checkpoints carry it.
         self.config: dict[str, Any] = {}
@@ -143,21 +143,14 @@ class Contrastive(lightning.LightningModule):
         self.log_dict({"val/loss": self.val_loss, "val/retrieval": self.val_retrieval}, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        """AdamW with betas 0.9 and 0.98, stepped by a warm-up and a cosine over the whole fit."""
+        """What the config chose; only matrices that are no embeddings decay."""
         decayed = [p for n, p in self.clip.named_parameters() if p.ndim > 1 and "embedding" not in n]
         others = [p for n, p in self.clip.named_parameters() if p.ndim <= 1 or "embedding" in n]
-        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.98))
+        optimizer = self._make_optimizer([{"params": decayed}, {"params": others, "weight_decay": 0.0}])
+        if self._make_scheduler is None:
+            return optimizer
         total = int(self.trainer.estimated_stepping_batches)
-        start = max(1, round(self.warmup * total))
-
-        def factor(step: int) -> float:
-            if step < start:
-                return (step + 1) / start
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - start) / max(1, total - start))))
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer, total)}
 
     @torch.no_grad()
     def on_fit_end(self) -> None:

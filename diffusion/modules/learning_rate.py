@@ -75,7 +75,8 @@ def retune(checkpoint: dict[str, Any], config: Mapping[str, Any]) -> None:
     changed = {key: value for key, value in new.items() if old.get(key) != value}
     rate = changed.pop("lr", new["lr"] if anew else None)
     for group in (group for state in checkpoint["optimizer_states"] for group in state["param_groups"]):
-        group.update(changed)
+        # A group that has a value of its own, such as no weight decay, keeps it.
+        group.update({key: value for key, value in changed.items() if group.get(key) == old.get(key)})
         if rate is not None:
             group["lr"] = rate * (group["lr"] / old["lr"] if old["lr"] and not anew else 1.0)
             group |= {"initial_lr": rate} if "initial_lr" in group else {}

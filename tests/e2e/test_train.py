@@ -190,6 +190,7 @@ def test_a_folder_goes_on_with_what_it_trains_and_with_other_limits(
         "loss=huber": "module.denoiser.loss = mse there and huber here",
         "weighting=min_snr": "module.denoiser.weighting",
         "data.batch_size=4": "data.batch_size = 8 there and 4 here",
+        "trainer.accumulate_grad_batches=2": "images per step = 8 there and 16 here",
         "module.drop_prob=0.2": "module.drop_prob = 0.1 there and 0.2 here",
         "scheduler=plateau": "module.scheduler",
     }.items():

@@ -1,10 +1,13 @@
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import lightning
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from torch.nn.functional import cosine_similarity, normalize
 
 from datamodules.drawn import COUNTS, PAINT, PLURALS, SPECIES, DrawnFlowers, caption, draw, everything, meaning
@@ -12,6 +15,7 @@ from diffusion.build import build
 from diffusion.conditioning.openclip import EMBEDDED, ClipModel, load_clip
 from diffusion.errors import AntherError
 from diffusion.modules.contrastive import Contrastive, export_clip, rescale, soft_contrastive_loss, tokenize
+from diffusion.modules.learning_rate import warmup_cosine
 
 NAME = "anther-flowers-32"
 TINY = {
@@ -19,7 +23,7 @@ TINY = {
     "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 32, "head_width": 16, "layers": 1},
     "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
-EXPERIMENT = Path(__file__).parents[3] / "conf/experiment/clip_flowers.yaml"
+CONF = Path(__file__).parents[3] / "conf"
 HELD_OUT = 2_000_000  # neither trained nor validated on, whatever the sizes of the splits
 FLOORS = {"species": 0.95, "colour": 0.95, "count": 0.90, "caption": 0.80}
 
@@ -30,9 +34,10 @@ def data(tmp_path, monkeypatch) -> DrawnFlowers:
     return DrawnFlowers(n_train=64, n_val=16, batch_size=16, seed=0, partial=0.3)
 
 
-def fit(data: DrawnFlowers, folder: Path, steps: int = 3, **settings) -> Contrastive:
+def fit(data: DrawnFlowers, folder: Path, steps: int = 3, lr: float = 1e-3, scheduler=None) -> Contrastive:
     torch.manual_seed(0)
-    module = Contrastive(model_cfg=TINY, **settings)
+    optimizer = partial(torch.optim.AdamW, lr=lr, weight_decay=0.05, betas=(0.9, 0.98))
+    module = Contrastive(model_cfg=TINY, optimizer=optimizer, scheduler=scheduler)
     trainer = lightning.Trainer(
         default_root_dir=folder,
         max_steps=steps,
@@ -139,11 +144,21 @@ def test_it_learns(data, tmp_path):
 
 def test_the_learning_rate_warms_up_and_ends_at_zero(data, tmp_path):
     data.setup()
-    module = fit(data, tmp_path, steps=20, warmup=0.25, lr=1e-3)
+    module = fit(data, tmp_path, steps=20, scheduler=partial(warmup_cosine, warmup_steps=5))
     factor = module.lr_schedulers().lr_lambdas[0]
     assert [factor(step) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
     assert factor(20) == pytest.approx(0)
     assert factor(12) > factor(13)
+
+
+def test_only_matrices_that_are_no_embeddings_decay(data, tmp_path):
+    module = fit(data, tmp_path)
+    matrices, others = module.optimizers().param_groups
+    assert (matrices["weight_decay"], others["weight_decay"], matrices["lr"], others["lr"]) == (0.05, 0, 1e-3, 1e-3)
+    names = {p: n for n, p in module.clip.named_parameters()}
+    found = {names[p] for p in others["params"]}
+    assert {"logit_scale", "token_embedding.weight", "ln_final.bias"} < found
+    assert {names[p] for p in matrices["params"]} == set(names.values()) - found > {"text_projection", "visual.proj"}
 
 
 def test_images_of_another_size_are_refused(tmp_path, monkeypatch):
@@ -214,10 +229,10 @@ def test_an_untrained_clip_and_one_that_says_the_same_of_everything_fail_every_f
 
 
 def test_the_shipped_clip_is_small_and_is_what_the_experiment_makes(shipped):
-    from omegaconf import OmegaConf
-
     assert EMBEDDED[NAME].stat().st_size <= 2 * 2**20
-    module = build(OmegaConf.to_container(OmegaConf.load(EXPERIMENT).module))
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", ["experiment=clip_flowers"])
+    module = build(OmegaConf.to_container(config.module, resolve=True))
     assert isinstance(module, Contrastive)
     assert shipped.source.config == module.model_cfg
     assert shipped.name.startswith(module.name)
