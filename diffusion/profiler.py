@@ -7,9 +7,10 @@ from lightning.pytorch.profilers import PyTorchProfiler
 
 
 class OperationProfiler(PyTorchProfiler):
-    """Lightning's `PyTorchProfiler`, sorted by the time that an operation takes itself.
+    """Lightning's `PyTorchProfiler`, of operations alone and sorted by the time that each takes itself.
 
-    Lightning can sort by the time of an operation with all that it calls alone, and then names its own hooks.
+    Lightning can sort by the time of an operation with all that it calls alone, and names its own hooks, whole steps and
+    the optimizer's step among the operations that they consist of.
 
     Args:
         **options: of `PyTorchProfiler`.
@@ -20,3 +21,10 @@ class OperationProfiler(PyTorchProfiler):
     def __init__(self, **options: Any) -> None:
         key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         super().__init__(sort_by_key=key, **options)
+
+    def summary(self) -> str:
+        """The table; shares are of the time of all operations."""
+        self._delete_profilers()  # the events are there from here on
+        if self.function_events:
+            self.function_events[:] = [event for event in self.function_events if not event.is_user_annotation]
+        return super().summary()

@@ -371,9 +371,13 @@ def test_debug_configs_run(debug: str, call: Call, capfd: pytest.CaptureFixture[
     assert steps == {"default": 8, "limit": 6, "overfit": 6, "profiler": 3}[debug]
     if debug == "profiler":
         rows = (folder / "profile" / "fit-profile.txt").read_text().splitlines()
-        named = [row.split()[0] for row in rows if "%" in row][1:]
+        table = [row.split() for row in rows if "%" in row][1:]
+        named, shares = [row[0] for row in table], [float(row[1].rstrip("%")) for row in table]
         assert len(named) == 10
+        assert all(re.match(r"(aten|autograd)::", name) for name in named), named
         assert "aten::convolution_backward" in named
+        assert shares == sorted(shares, reverse=True)
+        assert sum(shares) <= 100.1
 
 
 @pytest.mark.parametrize("logger", ["tensorboard", "wandb", "none"])
