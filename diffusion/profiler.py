@@ -9,8 +9,8 @@ from lightning.pytorch.profilers import PyTorchProfiler
 class OperationProfiler(PyTorchProfiler):
     """Lightning's `PyTorchProfiler`, of operations alone and sorted by the time that each takes itself.
 
-    Lightning can sort by the time of an operation with all that it calls alone, and names its own hooks, whole steps and
-    the optimizer's step among the operations that they consist of.
+    Lightning can sort by the time of an operation with all that it calls alone, and names its own hooks, whole steps
+    and the optimizer's step among the operations that they consist of.
 
     Args:
         **options: of `PyTorchProfiler`.
