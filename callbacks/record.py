@@ -5,6 +5,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from diffusion.evaluation.reals import split_identities
+
 LOSSES = {"train": "train/loss_epoch", "val": "val/loss"}
 
 
@@ -14,14 +16,15 @@ class RunRecord(Callback):
     Beside the config stand `number_of_parameters` and `num_samples`, the images that are trained on. A W&B logger that
     keeps checkpoints gets the best ones at the end, also those that an earlier process of the run wrote.
     The summary holds `best_train_loss` and `best_val_loss` so far, and at the end `final_train_loss`, `final_val_loss`,
-    `total_epochs` and `total_batches`. Its state says which validation loss belongs to which step, so that a checkpoint
-    knows its own.
+    `total_epochs` and `total_batches`. Its state says which validation loss belongs to which step, and which images
+    each split holds, so that a checkpoint knows its own.
     """
 
     def __init__(self) -> None:
         self._best: dict[str, float] = {}
         self._validated: dict[str, float] = {}  # what the last validation gave, and after which step
         self._batches = 0
+        self._splits: dict[str, str] = {}
 
     @property
     def validated_at(self) -> int | None:
@@ -33,8 +36,10 @@ class RunRecord(Callback):
         count = sum(p.numel() for p in pl_module.parameters())
         config: dict[str, Any] = getattr(pl_module, "config", {})
         made_of = {"number_of_parameters": count}
-        if splits := getattr(trainer.datamodule, "splits", None):  # type: ignore[attr-defined]
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        if splits := getattr(datamodule, "splits", None):
             made_of["num_samples"] = len(splits["train"])
+            self._splits = split_identities(datamodule)
         for logger in trainer.loggers:
             logger.log_hyperparams({**config, **made_of})
 
@@ -65,7 +70,12 @@ class RunRecord(Callback):
                     logger.after_save_checkpoint(part)
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        return {"best": dict(self._best), "validated": dict(self._validated), "batches": self._batches}
+        return {
+            "best": dict(self._best),
+            "validated": dict(self._validated),
+            "batches": self._batches,
+            "splits": self._splits,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
         self._best, self._batches = dict(state_dict["best"]), state_dict["batches"]

@@ -1,8 +1,9 @@
 """Embeddings that somebody else computed: the course's `clip.csv`, or npz."""
 
 import csv
+import itertools
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -29,8 +30,8 @@ class EmbeddingTable(Conditioner):
     docs/results.md.) The class of a row is the folder that holds it in its path.
 
     Args:
-        path: the course's csv (`path, e0, e1, ...`, one row per image) or an npz with `path` (N,) and
-            `embedding` (N, D).
+        path: the course's csv (`path, e0, e1, ...`, one row per image, with or without a header) or an npz with `path`
+            (N,) and `embedding` (N, D).
         prompts: a second file (csv with `prompt, e0, ...`, npz with `prompt` and `embedding`), or a mapping from
             prompts to classes of the file.
     """
@@ -171,7 +172,7 @@ def _unique_tails(paths: Sequence[tuple[str, ...]], depth: int | None) -> dict[t
 
 
 def read_embeddings(path: Path, key: str) -> tuple[list[str], Tensor]:
-    """Reads a csv (`key, e0, e1, ...`) or an npz (`key`, `embedding`).
+    """Reads a csv (`key, e0, e1, ...`, with or without that header) or an npz (`key`, `embedding`).
 
     Returns:
         N keys, and float32 (N, D).
@@ -208,10 +209,21 @@ def _read_npz(path: Path, key: str) -> tuple[list[str], np.ndarray]:
         return [str(name) for name in file[key]], file["embedding"].astype(np.float32)
 
 
+def _is_row(line: Sequence[str]) -> bool:
+    """Whether the first line of a file is no header but a name and its numbers."""
+    try:
+        return len([float(field) for field in line[1:]]) > 0
+    except ValueError:
+        return False
+
+
 def _read_csv(path: Path, key: str) -> tuple[list[str], np.ndarray]:
     with path.open(newline="", encoding="utf-8-sig") as file:
-        lines = csv.reader(file)
+        lines: Iterator[list[str]] = csv.reader(file)
         header = [column.strip() for column in next(lines, [])]
+        if _is_row(header):  # as the course writes it
+            lines = itertools.chain([header], lines)
+            header = [key, *(f"e{k}" for k in range(len(header) - 1))]
         columns = [header.index(f"e{k}") for k in range(sum(c[:1] == "e" and c[1:].isdecimal() for c in header))]
         if not columns:
             raise ValueError("no columns e0, e1, ...")

@@ -74,6 +74,12 @@ def identity_of(digest: str, names: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps([digest, sorted(names)]).encode()).hexdigest()
 
 
+def split_identities(datamodule: Any) -> dict[str, str]:
+    """`identity_of` the images of each split, by its name."""
+    table, splits = datamodule.table, datamodule.splits
+    return {name: identity_of(table.digest, [table.names[row] for row in rows]) for name, rows in splits.items()}
+
+
 def read_reals(datamodule: Any, split: str) -> Reals:
     """The real images of a split, or of all splits together.
 

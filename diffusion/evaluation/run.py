@@ -207,7 +207,7 @@ def _facts(subject: Subject, plan: Plan, made: Made, scorers: Scorers) -> dict[s
         "T": plan.T,
         "image_shape": list(subject.model.image_shape),
         "conditioner": "none" if conditioner is None else conditioner.describe(),
-        "caution": _caution(subject, plan),
+        "caution": _caution(subject, plan, scorers),
         "data": _data_name(subject),
         "data_digest": scorers.data_digest,
         "versions": versions,
@@ -218,10 +218,14 @@ def _facts(subject: Subject, plan: Plan, made: Made, scorers: Scorers) -> dict[s
     }
 
 
-def _caution(subject: Subject, plan: Plan) -> str | None:
-    """What the config that describes weights from elsewhere says of them under guidance."""
-    said: str | None = subject.config.get("guided_elsewhere")
-    return said if plan.model_config_sha256 is not None and plan.weight else None
+def _caution(subject: Subject, plan: Plan, scorers: Scorers) -> str | None:
+    """What a reader of the numbers must know: foreign weights under guidance, reals that are not those of training."""
+    found: list[str] = []
+    if plan.model_config_sha256 is not None and plan.weight:
+        found += filter(None, [subject.config.get("guided_elsewhere")])
+    if others := scorers.other_splits:
+        found.append(f"the data are not those of the training: other images in {', '.join(others)}")
+    return "; ".join(found) or None
 
 
 def _data_name(subject: Subject) -> str | None:
@@ -350,7 +354,7 @@ def _announce(subject: Subject, plan: Plan, scorers: Scorers, folder: Path) -> N
         "prompts": prompts + (" …" if plan.prompts and len(plan.prompts) > 3 else ""),
         "sampler": "none" if plan.sampler is None else f"{type(plan.sampler).__name__}, {plan.steps} steps",
         "guidance": "none" if plan.weight is None else f"w = {plan.weight}{plan.guidance.describe()}",
-        **({} if (caution := _caution(subject, plan)) is None else {"caution": caution}),
+        **({} if (caution := _caution(subject, plan, scorers)) is None else {"caution": caution}),
         **scorers.describe(),
         "folder": str(folder),
     }

@@ -105,6 +105,7 @@ class Scorers:
     Attributes:
         training: the training images that the nearest is looked for among, or None.
         data_digest: of the data that the reals are from, or None.
+        other_splits: those of the training in which the data have other images now.
         identity: all that the scores depend on beside the images, as plain values.
 
     Raises:
@@ -114,6 +115,7 @@ class Scorers:
     def __init__(self, config: Mapping[str, Any], subject: Subject, datamodule: Any, device: str) -> None:
         self._subject = subject
         self.data_digest: str | None = None if datamodule is None else datamodule.table.digest
+        self.other_splits = [] if datamodule is None else subject.other_splits(datamodule)
         self._inception, self._nearest = config["inception"], config["nearest"]
         self._clip = None
         if config["clip"] is not None and subject.model.conditioner is not None:

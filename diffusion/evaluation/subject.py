@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from diffusion.build import rebuild
 from diffusion.checkpoint import load_model, model_settings, read
 from diffusion.errors import AntherError
+from diffusion.evaluation.reals import split_identities
 from diffusion.files import sha256
 from diffusion.modules.generator import Generator
 
@@ -29,6 +30,7 @@ class Subject:
         sha256: of the checkpoint.
         validation_loss: of these weights, where the checkpoint knows it.
         model_config_sha256: of what describes weights from elsewhere as a model; None for a checkpoint of train.py.
+        splits: `reals.identity_of` the images of each split of the training, where the checkpoint knows them.
     """
 
     model: Generator
@@ -37,11 +39,17 @@ class Subject:
     sha256: str
     validation_loss: float | None
     model_config_sha256: str | None = None
+    splits: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
         """Numbers in the network."""
         return sum(p.numel() for p in self.model.trained.parameters())
+
+    def other_splits(self, datamodule: Any) -> list[str]:
+        """The splits of the training in which the data have other images now, as far as the checkpoint knows them."""
+        here = split_identities(datamodule)
+        return [name for name, identity in self.splits.items() if here.get(name) != identity]
 
 
 # One is enough: the jobs of a sweep follow each other in one process and evaluate the same checkpoint.
@@ -50,15 +58,17 @@ def _load(path: str, digest: str, described_by: str | None) -> Subject:
     config = None if described_by is None else described(described_by)
     model = load_model(path, config)
     loss = model_config_sha256 = None
+    splits: Mapping[str, str] = {}
     if config is not None:
         settings = json.dumps(model_settings(config), sort_keys=True)
         model_config_sha256 = hashlib.sha256(settings.encode()).hexdigest()
     else:
         checkpoint = read(path)
         config = checkpoint["config"]
-        validated = checkpoint.get("callbacks", {}).get("RunRecord", {}).get("validated", {})
+        record = checkpoint.get("callbacks", {}).get("RunRecord", {})
+        validated, splits = record.get("validated", {}), record.get("splits", {})
         loss = validated.get("val") if validated.get("step") == checkpoint.get("global_step") else None
-    return Subject(model, config, path, digest, loss, model_config_sha256)
+    return Subject(model, config, path, digest, loss, model_config_sha256, splits)
 
 
 def load_subject(path: str | Path, described_by: str | None = None) -> Subject:
@@ -151,4 +161,5 @@ def load_data(config: Mapping[str, Any], **instead: Any) -> Any:
             + " out."
         )
     node = {**config["data"], **chosen}
-    return _build_data(json.dumps(node, sort_keys=True))
+    # In its own order: that of the fractions in `split` decides which images are whose.
+    return _build_data(json.dumps(node))

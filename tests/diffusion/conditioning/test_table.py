@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import os
 from pathlib import Path
@@ -61,6 +62,15 @@ def test_rows_belong_to_their_images_in_any_order(tmp_path, make_table, write):
 )
 def test_matching(names, paths, found):
     assert match_rows(names, paths) == found
+
+
+def test_the_courses_own_file_has_no_header(tmp_path, make_table):
+    path = tmp_path / "clip.csv"
+    with path.open("w", newline="") as file:  # its notebook: writer.writerow([path] + embedding)
+        csv.writer(file).writerows([name, *map(float, row)] for name, row in zip(PATHS, ROWS, strict=True))
+    conditioner = EmbeddingTable(path)
+    conditioner.prepare(make_table())
+    torch.testing.assert_close(conditioner.lookup({"index": torch.arange(6)}), torch.from_numpy(ROWS))
 
 
 def test_paths_of_windows(tmp_path, make_table):
