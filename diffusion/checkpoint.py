@@ -28,6 +28,8 @@ LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 _BATCHES = ("devices", "num_nodes", "accumulate_grad_batches")  # of the trainer: how many batches make one step
 
+_FILES = ("path", "prompts", "pretrained")  # settings of conditioners that may name a file
+
 
 def read(path: Path | str) -> dict[str, Any]:
     """A checkpoint as the dict that was saved; nothing in it is executed, tensors stay on the CPU.
@@ -103,7 +105,8 @@ def check_fits(checkpoint: Mapping[str, Any], config: Mapping[str, Any], path: P
     Raises:
         AntherError: naming what differs.
     """
-    if found := differences(model_settings(checkpoint["config"]), model_settings(config)):
+    there, here = (model_settings(located(settings)) for settings in (checkpoint["config"], config))
+    if found := differences(there, here):
         raise AntherError(
             f"{path} holds another model: {found}; give the same settings, or another hydra.run.dir or ckpt."
         )
@@ -120,7 +123,7 @@ def check_goes_on(before: Mapping[str, Any], config: Mapping[str, Any], folder: 
     Raises:
         AntherError: naming what differs.
     """
-    there, here = (_trained(json.loads(json.dumps(settings))) for settings in (before, config))
+    there, here = (_trained(json.loads(json.dumps(located(settings)))) for settings in (before, config))
     if any(before["trainer"].get(key) != config["trainer"].get(key) for key in _BATCHES):
         # To train the same on other numbers of devices, the batch of each is made another.
         sizes = [_images_per_step(parts, settings) for parts, settings in ((there, before), (here, config))]
@@ -148,6 +151,14 @@ def _trained(config: Mapping[str, Any]) -> dict[str, Any]:
     drawn = {"module": ("optimizer", "sampler", "weight", "interval", "rescale")}
     drawn["data"] = ("val_batch_size", "name", "split", "split_seed", "exclude")
     return parts | {part: {k: v for k, v in parts[part].items() if k not in drawn[part]} for part in drawn}
+
+
+def located(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with absolute paths of its conditioner's files, so that it holds in other working directories."""
+    conditioner = config["module"].get("conditioner") or {}
+    paths = {key: Path(value).expanduser() for key in _FILES if isinstance(value := conditioner.get(key), str)}
+    found = {key: str(path.absolute()) for key, path in paths.items() if path.is_file()}
+    return {**config, "module": {**config["module"], "conditioner": {**conditioner, **found}}} if found else {**config}
 
 
 def model_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import locale
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any
@@ -62,6 +62,7 @@ def run(main: Callable[[], Any], several: bool = False) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print the trace itself and end the process
     try:
         secrecy.check_words(sys.argv[1:])
+        _check_folders(sys.argv[1:])
         main()
     except Stopped as stop:
         if not follower:
@@ -86,6 +87,14 @@ def run(main: Callable[[], Any], several: bool = False) -> None:
         os.environ.pop("HYDRA_FULL_ERROR")
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _check_folders(words: Sequence[str]) -> None:
+    """Refuses an empty folder, as of a variable of the shell that is not set: Hydra takes it for the current one."""
+    for word in words:
+        key, given, value = word.lstrip("+").partition("=")
+        if key in ("hydra.run.dir", "hydra.sweep.dir") and given and not value.strip("'\" "):
+            raise AntherError(f"{key}= is empty: name a folder for the run, or leave it out.")
 
 
 def _speak_utf8() -> None:

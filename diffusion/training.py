@@ -52,7 +52,7 @@ def train(config: dict[str, Any], folder: Path) -> float:
     config = {**config, "ckpt": began}
     datamodule = build(config["data"], "data")
     module = build(config["module"], "module")
-    module.config = config
+    module.config = checkpoint.located(config)
     trainer = build(
         config["trainer"],
         "trainer",

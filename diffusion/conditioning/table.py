@@ -182,7 +182,8 @@ def read_embeddings(path: Path, key: str) -> tuple[list[str], Tensor]:
     """
     if not path.is_file():
         raise AntherError(
-            f"the table of embeddings {path} does not exist; set conditioner.path to a .csv or .npz file."
+            f"the table of embeddings {path} does not exist; set conditioner.path to a .csv or .npz file, or for a "
+            "model that was trained with it bring it back there."
         )
     try:
         names, rows = _read_npz(path, key) if path.suffix == ".npz" else _read_csv(path, key)

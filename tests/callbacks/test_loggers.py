@@ -24,6 +24,7 @@ from callbacks.record import RunRecord
 from callbacks.samples import SampleGrid
 from callbacks.throughput import Throughput
 from callbacks.timestep_loss import TimestepLoss
+from diffusion.evaluation.reals import split_identities
 from diffusion.files import atomic
 from diffusion.loggers import CSVLog, finish, has_wandb_account, wandb_logger
 from tests.callbacks.tiny_training import Dots, module, nervous_plateau, trainer
@@ -38,6 +39,13 @@ def rows(path):
 
 def column(table, name):
     return {int(row["step"]): float(row[name]) for row in table if row.get(name)}
+
+
+def test_the_record_knows_which_images_each_split_held(tmp_path):
+    record, data = RunRecord(), Dots()
+    trainer(tmp_path, record, max_epochs=1).fit(module(), datamodule=data)
+    assert record.state_dict()["splits"] == split_identities(data)
+    assert record.state_dict()["splits"].keys() == {"train", "val"}
 
 
 def test_csv_has_a_row_per_step_and_what_the_run_measured(tmp_path):

@@ -43,3 +43,14 @@ cli.run(lambda: ranks.leader.run(job, {{"trainer": {{}}}}, Path({str(tmp_path)!r
     assert done.returncode == {"SIGTERM": 143, "SIGINT": 130}[name]
     assert done.stderr.startswith(f"stopped by {name}: the same command with hydra.run.dir={tmp_path} goes on")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("word", ["hydra.run.dir=", "hydra.sweep.dir=''", "++hydra.run.dir="])
+def test_an_empty_folder_is_not_the_current_one(word, tmp_path):
+    """As of a variable of the shell that is not set; Hydra would write into the current directory."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "train.py"), word]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {word.strip('+').partition('=')[0]}= is empty: ")
+    assert not list(tmp_path.iterdir())
