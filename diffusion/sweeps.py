@@ -7,6 +7,7 @@ search by Optuna, too, whose sampler, told the same results, asks for the same t
 
 import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 FAILED = "failed.json"
+ASKED = Path(".hydra") / "overrides.yaml"
+"""In the folder of a job: what it was asked for last. Hydra writes it before the job begins."""
+FINISHED = Path(".hydra") / "finished.yaml"
+"""The same of the last time that it was not broken off: what the results in the folder are of."""
 SQLITE = "sqlite:///"
 
 _sweep: list[Path] = []  # the folder of the sweep that this process started, if it did
@@ -47,7 +52,12 @@ class SweepJobs(Callback):
             _prepare_study(config, folder)
 
     def on_job_end(self, config: "DictConfig", job_return: "JobReturn", **kwargs: Any) -> None:
-        """Records a failure and lets the sweeper go on; to Optuna a job without a value is a failed trial."""
+        """Records how it ended and lets the sweeper go on; to Optuna a job without a value is a failed trial."""
+        folder = Path(config.hydra.runtime.output_dir)
+        if job_return.status == JobStatus.COMPLETED and ranks.rank() == 0 and (folder / ASKED).exists():
+            with atomic(folder / FINISHED) as temporary:
+                shutil.copyfile(folder / ASKED, temporary)
+            (folder / FAILED).unlink(missing_ok=True)  # a single run in a job's folder mends it, too
         if config.hydra.mode != RunMode.MULTIRUN or job_return.status != JobStatus.FAILED:
             return
         from diffusion import cli
@@ -57,6 +67,8 @@ class SweepJobs(Callback):
         if sentence is None:
             traceback.print_exception(error)
             sentence = secrecy.hidden(f"{type(error).__name__}: {error}")
+        # The job's own folder is the sweep's to choose.
+        sentence = sentence.replace("another hydra.run.dir", "another hydra.sweep.dir")
         job_return.status, job_return.return_value = JobStatus.COMPLETED, None
         if ranks.rank() > 0:
             return
@@ -67,7 +79,7 @@ class SweepJobs(Callback):
             "overrides": list(job_return.overrides or ()),
             "trace": secrecy.hidden("".join(traceback.format_exception(error))),
         }
-        with atomic(Path(config.hydra.runtime.output_dir) / FAILED) as temporary:
+        with atomic(folder / FAILED) as temporary:
             temporary.write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -92,6 +104,11 @@ def failure(run: Path) -> str | None:
         return None
     except (OSError, ValueError, KeyError):
         return f"its {FAILED} is damaged"
+
+
+def is_of_other_settings(run: Path) -> bool:
+    """Whether the results in the folder of a job are of what it was asked for before it was refused or broken off."""
+    return (run / FINISHED).exists() and (run / FINISHED).read_bytes() != (run / ASKED).read_bytes()
 
 
 def report_failures() -> bool:

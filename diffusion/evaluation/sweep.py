@@ -19,7 +19,7 @@ from diffusion.evaluation.plots import BLUE, DPI, GREY, MARKERS, number, save, s
 from diffusion.evaluation.report import Key, read_metrics, split_key
 from diffusion.evaluation.results import natural, run_folders
 from diffusion.files import atomic
-from diffusion.sweeps import failure
+from diffusion.sweeps import ASKED, failure, is_of_other_settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -144,6 +144,9 @@ def read_sweep(
 ) -> Sweep:
     """The jobs below a folder, sorted by the settings that differ, numbers as numbers.
 
+    What lies in the folder of a job that failed or was broken off may be of other settings than those that it was asked
+    for last, and is left out.
+
     Args:
         folder: of the sweep.
         planned: the overrides of each job that was to run, where they are known.
@@ -152,14 +155,19 @@ def read_sweep(
     jobs = []
     for run in run_folders(folder):
         try:
-            overrides = _overrides(yaml.safe_load((run / ".hydra" / "overrides.yaml").read_text("utf-8")) or [])
+            overrides = _overrides(yaml.safe_load((run / ASKED).read_text("utf-8")) or [])
         except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
             jobs.append(Job(run, {}, None, "its .hydra/overrides.yaml is damaged"))
             continue
         try:
-            jobs.append(Job(run, overrides, read(run)))
+            if (why := failure(run)) is not None:
+                raise AntherError(why)
+            results = read(run)
+            if is_of_other_settings(run):
+                raise AntherError("not finished, and what was there before is of other settings")
+            jobs.append(Job(run, overrides, results))
         except AntherError as error:
-            jobs.append(Job(run, overrides, None, failure(run) or str(error)))
+            jobs.append(Job(run, overrides, None, str(error)))
     ran = [job.overrides for job in jobs]
     jobs += [Job(folder, _overrides(p), None, "never begun") for p in planned if _overrides(p) not in ran]
     known = [job.overrides for job in jobs if job.overrides]

@@ -151,6 +151,28 @@ def test_a_sweep_of_other_values_in_the_same_folder_is_refused(app: Path) -> Non
     assert "1 of 2 jobs failed" in said
     assert "module.x = 1 there and 3 here" in said
     assert begun(app) == [0, 1]
+    # The folder of a single run of that job, which ends well, is whole again.
+    job = app / "sweep" / "1"
+    assert (job / "failed.json").exists()
+    assert (job / ".hydra" / "finished.yaml").read_text() == "- module.x=1\n"
+    subprocess.run(
+        [sys.executable, "app.py", "module.x=1", f"hydra.run.dir={job}"],
+        cwd=app,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+    )
+    assert not (job / "failed.json").exists()
+
+
+def test_a_job_is_told_of_the_folder_that_a_sweep_lets_it_choose(app: Path) -> None:
+    (app / "jobs.py").write_text(
+        "from diffusion.errors import AntherError\n"
+        "def job(config, folder):\n"
+        "    raise AntherError('give the same settings, or another hydra.run.dir.')\n"
+    )
+    said = run(app, "module.x=0,1", fails=True)
+    assert said.count("or another hydra.sweep.dir.") == 4  # each job when it fails, and at the end
+    assert "hydra.run.dir" not in said
 
 
 @pytest.mark.slow

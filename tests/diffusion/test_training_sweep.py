@@ -59,6 +59,14 @@ def test_one_table_with_settings_objective_and_seconds(tmp_path, capsys):
     assert min(Image.open(tmp_path / "sweep.png").size) > 300
 
 
+def test_a_job_that_failed_has_not_the_objective_of_the_one_before(tmp_path, capsys):
+    rates(tmp_path)
+    (tmp_path / "1" / "failed.json").write_text(json.dumps({"error": "it is a job with other settings."}))
+    report(tmp_path)
+    assert [row["val/loss"] for row in rows(tmp_path / "sweep.csv")] == ["0.25", "0.3", "", ""]
+    assert "missing: optimizer.lr = 1e-4: it is a job with other settings." in capsys.readouterr().out
+
+
 def test_points_and_curves_stand_where_their_jobs_are(tmp_path, monkeypatch):
     rates(tmp_path)
     (tmp_path / "3" / "logs" / "metrics.csv").write_bytes(b"\xff\xfe")  # a damaged log leaves its curve out

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from urllib.request import urlopen
@@ -249,6 +250,31 @@ def test_a_sweep_ends_with_one_table_and_one_picture(
     weights = [json.loads((sweep / str(k) / "metrics.json").read_text())["run"]["guidance_weight"] for k in range(3)]
     assert weights == [0, 2, 10]
     assert "best" in capfd.readouterr().out
+
+
+def test_a_sweep_over_other_values_in_the_same_folder_reports_none_of_the_numbers_before(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    few = ["num_images=2", "clip=null", "nearest=null", "embedding=null"]
+
+    def sweep(weights: str) -> dict[int, bool]:
+        """By weight, whether it has numbers."""
+        words = [f"ckpt={trained}", *QUICK, *few, f"guidance.weight={weights}", f"hydra.sweep.dir={tmp_path}"]
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "evaluate.py"), "-m", *words])
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        with suppress(SystemExit):
+            cli.run(evaluate.main)
+        table = pd.read_csv(tmp_path / "sweep.csv")
+        return dict(zip(table["guidance.weight"], table["diversity_2"].notna(), strict=True))
+
+    assert sweep("0,1") == {0: True, 1: True}
+    assert sweep("0,7") == {0: True, 7: False}
+    said = capfd.readouterr().err
+    assert "other settings" in said
+    assert "another hydra.sweep.dir" in said
+    # Of job 1, which is not tried this time, the folder says 7 and holds the numbers of 1.
+    assert sweep("0") == {0: True, 7: False}
+    assert sweep("0,1") == {0: True, 1: True}
 
 
 @pytest.mark.parametrize(

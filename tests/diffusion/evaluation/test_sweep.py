@@ -1,4 +1,5 @@
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -142,6 +143,19 @@ def test_failed_and_damaged_jobs_are_listed(tmp_path, capsys):
     assert [(row["guidance.weight"], bool(row["missing"])) for row in table] == [
         ("2", False), ("10", False), ("-1", True), ("0.5", True), ("20", True)
     ]  # fmt: skip
+
+
+def test_a_job_that_was_refused_has_not_the_numbers_of_the_one_before(tmp_path, capsys):
+    weights(tmp_path)
+    (tmp_path / "1" / "failed.json").write_text(json.dumps({"error": "it holds images of other settings."}))
+    # Hydra has written what was asked for, and then the process was killed.
+    (tmp_path / "3" / ".hydra" / "finished.yaml").write_text("- guidance.weight=7\n")
+    report(tmp_path)
+    table = {row["guidance.weight"]: row for row in rows(tmp_path / "sweep.csv")}
+    assert [weight for weight, row in table.items() if row["kid_64"]] == ["2", "10"]
+    assert table["-1"]["missing"] == "it holds images of other settings."
+    assert "of other settings" in table["0.5"]["missing"]
+    assert "missing: w = 0.5: not finished" in capsys.readouterr().out
 
 
 def test_a_sweep_without_evaluations_says_nothing(tmp_path, capsys):
