@@ -41,7 +41,7 @@ def read(folder: Path | str) -> "pd.DataFrame":
 
 
 def write(folder: Path | str, frame: "pd.DataFrame") -> None:
-    """Writes the records of a folder, sorted by id.
+    """Writes new records of a folder, sorted by id; `metrics.json`, which was of those before, is removed.
 
     Args:
         folder: of the run; the column `file` is relative to it.
@@ -50,8 +50,11 @@ def write(folder: Path | str, frame: "pd.DataFrame") -> None:
     Raises:
         AntherError: two rows share an id or a file, a file does not exist, or the folder cannot be written.
     """
+    _write(Path(folder), frame, new=True)
+
+
+def _write(folder: Path, frame: "pd.DataFrame", *, new: bool) -> None:
     _pandas()
-    folder = Path(folder)
     for column in ("id", "file"):
         twice = frame[column][frame[column].duplicated()]
         if len(twice):
@@ -64,10 +67,13 @@ def write(folder: Path | str, frame: "pd.DataFrame") -> None:
         )
     with atomic(folder / FILE) as temporary:
         frame.sort_values("id").reset_index(drop=True).to_parquet(temporary, engine="pyarrow", index=False)
+        if new:
+            # Before they stand there: a kill in between must not leave them beside metrics of others.
+            (folder / "metrics.json").unlink(missing_ok=True)
 
 
 def with_columns(folder: Path | str, columns: Mapping[str, Sequence[Any]]) -> "pd.DataFrame":
-    """Adds or replaces columns of a folder's records.
+    """Adds or replaces columns of a folder's records, whose metrics stay.
 
     Args:
         folder: of the run.
@@ -81,7 +87,8 @@ def with_columns(folder: Path | str, columns: Mapping[str, Sequence[Any]]) -> "p
         ValueError: a column of another length.
     """
     # Plain lists: pandas would align a Series by its index instead of its order.
-    write(folder, read(folder).assign(**{name: list(values) for name, values in columns.items()}))
+    frame = read(folder).assign(**{name: list(values) for name, values in columns.items()})
+    _write(Path(folder), frame, new=False)
     return read(folder)
 
 

@@ -216,6 +216,7 @@ def assemble(plan: Plan, folder: Path) -> "pd.DataFrame":
     """Joins what `generate` left: `embeddings.npy`, `records.parquet`; the parts are removed.
 
     In a folder that is assembled already the records are returned as they are, with the columns that were added since.
+    New records have no scores: `metrics.json`, if there was one, is removed.
 
     Raises:
         AntherError: chunks are missing, or a file cannot be written.
@@ -235,7 +236,7 @@ def assemble(plan: Plan, folder: Path) -> "pd.DataFrame":
 
 
 def file_scores(plan: Plan, folder: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Writes the records anew with these columns: those of an earlier scoring by other metrics are gone.
+    """Writes the records anew with these columns: those of an earlier scoring, and `metrics.json`, are gone.
 
     Args:
         plan: of the images.

@@ -253,14 +253,17 @@ def _score(
     from diffusion.curation import brain
     from diffusion.evaluation import embeddings
 
+    metrics = folder / "metrics.json"
+    before = read_metrics(folder) if metrics.exists() else None
     frame = assemble(plan, folder)
     rows = None if plan.embedding is None else embeddings.open_rows(folder)
     identity = scorers.identity
     if rows is not None and not every and not brain.fits_all(rows):
         identity["representativeness"] = "clusters of a choice of the embeddings"
-    before = read_metrics(folder) if (folder / "metrics.json").exists() else None
-    if made.images == 0 and before is not None and before[0].get("scored_with") == identity:
-        print(f"{folder} is scored already; to score anew delete {folder / 'metrics.json'}.")
+    # Where the records had to be made anew, the file is gone by now.
+    as_left = made.images == 0 and metrics.exists()
+    if as_left and before is not None and before[0].get("scored_with") == identity:
+        print(f"{folder} is scored already; to score anew delete {metrics}.")
         return before[1]
     run = {**_facts(subject, plan, made, scorers), "scored_with": identity}
     if before is not None and run["seconds"] is None:

@@ -28,7 +28,7 @@ from diffusion.assets import AssetError, resolve
 from diffusion.build import build
 from diffusion.curation import dataset
 from diffusion.errors import AntherError
-from diffusion.evaluation import clip_score, scoring, subject
+from diffusion.evaluation import clip_score, run, scoring, subject
 from diffusion.images import to_uint8
 from diffusion.samplers import DDIM
 
@@ -123,6 +123,46 @@ def test_scored_anew_by_other_metrics_nothing_is_left_of_the_first_ones(
     assert not [name for name in frame if name.startswith("nearest")]
     assert not [key for key in metrics(folder)["metrics"] if key.startswith("nearest")]  # type: ignore[attr-defined]
     assert contents(folder)["000003.png"] == contents(evaluated)["000003.png"]
+
+
+def test_records_that_are_damaged_are_made_anew_with_every_score(
+    evaluated: Path, trained: Path, call: Call, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(evaluated, tmp_path / "run")
+    (folder / "records.parquet").write_bytes(b"damaged")
+    assert "delete it and run evaluate.py again" in refused("evaluate.py", f"ckpt={trained}", *QUICK, folder=folder)
+    (folder / "records.parquet").unlink()
+    call("evaluate.py", f"ckpt={trained}", *QUICK, folder=folder)
+    assert set(pd.read_parquet(folder / "records.parquet")) == set(pd.read_parquet(evaluated / "records.parquet"))
+    assert metrics(folder)["metrics"].keys() == metrics(evaluated)["metrics"].keys()  # type: ignore[attr-defined]
+    seconds = [json.loads((path / "metrics.json").read_text())["run"]["seconds"] for path in (folder, evaluated)]
+    assert seconds[0] == seconds[1]
+    assert "clip_score" in (folder / "report.html").read_text()
+
+
+def test_a_scoring_that_is_broken_off_leaves_no_records_beside_metrics_of_others(
+    evaluated: Path, trained: Path, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(evaluated, tmp_path / "run")
+    before = (folder / "metrics.json").read_bytes()
+
+    def broken(*args: object) -> None:
+        raise ZeroDivisionError
+
+    # Before anything is written all stays as it was.
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring.Scorers, "score", broken)
+        with pytest.raises(ZeroDivisionError):
+            call("evaluate.py", f"ckpt={trained}", *QUICK, "nearest=null", folder=folder)
+    assert (folder / "metrics.json").read_bytes() == before
+    assert contents(folder) == contents(evaluated)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_metrics", broken)
+        with pytest.raises(ZeroDivisionError):
+            call("evaluate.py", f"ckpt={trained}", *QUICK, "nearest=null", folder=folder)
+    assert "nearest_distance" not in pd.read_parquet(folder / "records.parquet")
+    call("evaluate.py", f"ckpt={trained}", *QUICK, folder=folder)
+    assert set(pd.read_parquet(folder / "records.parquet")) == set(pd.read_parquet(evaluated / "records.parquet"))
 
 
 def test_images_of_another_precision_do_not_go_on_in_a_folder(

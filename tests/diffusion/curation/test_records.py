@@ -1,5 +1,6 @@
 """Records: whole or absent, in the order of the ids, and readable as they were written."""
 
+import errno
 import sys
 
 import numpy as np
@@ -59,6 +60,25 @@ def test_columns_are_added_and_replaced_in_the_order_of_the_ids(folder):
     assert got["nearest_real"].tolist() == ["a", "b", None, "c"]
     assert got["label"].tolist() == ["roses", None, "roses", None]
     assert got["id"].tolist() == frame()["id"].tolist()
+
+
+def test_metrics_go_with_the_records_that_they_were_of(folder, monkeypatch):
+    records.write(folder, frame())
+    metrics = folder / "metrics.json"
+    metrics.write_text("{}")
+    records.with_columns(folder, {"umap": [1, 2, 3, 4]})
+    assert metrics.exists()
+
+    def full(self, path, **settings):
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pd.DataFrame, "to_parquet", full)
+        with pytest.raises(AntherError, match="free some space"):
+            records.write(folder, frame())
+    assert metrics.exists()
+    records.write(folder, frame())
+    assert not metrics.exists()
 
 
 @pytest.mark.parametrize(
