@@ -204,7 +204,7 @@ def own_name(name: str, folder: Path | str) -> str:
     """The name, with a digest of the folder's path where it is none for FiftyOne or not free; see `taken_by`."""
     database.ready()  # outside: without a database no name is better than another
     try:
-        free = taken_by(name, folder) is None
+        free = taken_by(name, [folder]) is None
     except AntherError:
         free = False
     return name if free else f"{name} {hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:6]}"
@@ -219,25 +219,40 @@ def name_for(folder: Path | str, asked: str | None = None) -> str:
     run = Path(folder).absolute()
     if asked is None:
         return own_name(f"{run.parent.name}-{run.name}", run)
-    if (other := taken_by(asked, run)) is not None:
-        delete = shlex.join(["fiftyone", "datasets", "delete", other])
-        raise AntherError(
-            f"dataset.name={asked} would replace the FiftyOne data set {other!r}, which is not of this folder's images "
-            f"alone: choose another name, or remove that one with `{delete}`."
-        )
+    check_free(asked, [run], f"dataset.name={asked}")
     return asked
 
 
-def taken_by(name: str, folder: Path | str) -> str | None:
-    """The dataset that has a name, unless its images are all in the folder; None where the name is free.
+def check_free(name: str, folders: Sequence[Path | str], what: str) -> None:
+    """Refuses a name that is not free for the images of some folders; see `taken_by`.
 
-    It is that of another run, or of this one from where it lay before: not ours to replace. To FiftyOne names that
-    differ in marks and capitals alone are one.
+    Args:
+        name: of a dataset to be.
+        folders: whose images it will have.
+        what: would replace another dataset, for the sentence.
+
+    Raises:
+        AntherError: the name is none for FiftyOne or not free.
+    """
+    if (other := taken_by(name, folders)) is not None:
+        delete = shlex.join(["fiftyone", "datasets", "delete", other])
+        where = "this folder's" if len(folders) == 1 else "these folders'"
+        raise AntherError(
+            f"{what} would replace the FiftyOne data set {other!r}, which is not of {where} images alone: choose "
+            f"another name, or remove that one with `{delete}`."
+        )
+
+
+def taken_by(name: str, folders: Sequence[Path | str]) -> str | None:
+    """The dataset that has a name, unless its images are all in the folders; None where the name is free.
+
+    It is that of other runs, or of these from where they lay before: not ours to replace. To FiftyOne names that differ
+    in marks and capitals alone are one.
 
     Raises:
         AntherError: a name without a Latin letter or a digit, which FiftyOne does not take, or no database.
     """
-    fo, run = database.ready(), Path(folder).resolve()
+    fo, runs = database.ready(), [Path(folder).resolve() for folder in folders]
     import fiftyone.core.odm as foo
     import fiftyone.core.utils as fou
 
@@ -247,9 +262,9 @@ def taken_by(name: str, folder: Path | str) -> str | None:
         raise _refused(name, error) from error
     if found is None:
         return None
-    folders = {Path(file).parent for file in fo.load_dataset(found["name"]).values("filepath")}
-    ours = found["name"] == name and folders and all(path.resolve().is_relative_to(run) for path in folders)
-    return None if ours else str(found["name"])
+    theirs = {Path(file).parent.resolve() for file in fo.load_dataset(found["name"]).values("filepath")}
+    ours = theirs and all(any(path.is_relative_to(run) for run in runs) for path in theirs)
+    return None if ours and found["name"] == name else str(found["name"])
 
 
 def _refused(name: str, error: ValueError) -> AntherError:

@@ -6,12 +6,13 @@ A FOLDER is that of a run, or that of a sweep for all of its runs.
 """
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion import cli
 from diffusion.curation import database, records
-from diffusion.curation.dataset import assemble, read_run, run_names
+from diffusion.curation.dataset import assemble, check_free, read_run, run_names
 from diffusion.errors import AntherError
 from diffusion.evaluation.results import run_folders
 
@@ -24,19 +25,20 @@ def gather(folders: Sequence[Path | str], name: str) -> str:
 
     Args:
         folders: of the runs, each once.
-        name: of the dataset.
+        name: of the dataset; an older one of these runs' images alone is replaced.
 
     Returns:
         The dataset's name.
 
     Raises:
-        AntherError: as `build_dataset`, or a folder given twice.
+        AntherError: as `build_dataset`, a folder given twice, or a name that another dataset has.
     """
     runs = [read_run(folder) for folder in folders]
     if not runs or len({run.folder.resolve() for run in runs}) < len(runs):
         raise AntherError("gather: give the folder of each run once.")
     of_run = [{"name": run_name, **run.facts} for run, run_name in zip(runs, run_names(runs), strict=True)]
     with database.held():
+        check_free(name, [run.folder for run in runs], f"--name {shlex.quote(name)}")
         assemble(runs, name, {"runs": of_run})
     return name
 
@@ -80,7 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "folders", nargs="+", metavar="FOLDER", help="of a run of evaluate.py, or of a sweep of such runs"
     )
-    parser.add_argument("--name", required=True, help="of the dataset; one of that name is replaced")
+    parser.add_argument(
+        "--name",
+        required=True,
+        help="of the dataset; one of these runs' images alone is replaced, any other of that name is refused",
+    )
     options = parser.parse_args(arguments)
     name = gather(find_runs(options.folders), options.name)
     print(f"dataset {name!r} is made; look at it: python -m diffusion.curation.app {name!r}")

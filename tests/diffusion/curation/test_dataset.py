@@ -294,7 +294,28 @@ def test_what_is_neither_a_run_nor_a_sweep_is_said_in_one_sentence(sweep):
         main([str(sweep), str(sweep / "0"), "--name", "none"])
 
 
-def test_a_database_that_ends_while_runs_are_gathered_is_one_sentence(make_run, tmp_path, monkeypatch):
+def test_gathering_replaces_nobodys_dataset(fiftyone, make_run, tmp_path, monkeypatch):
+    first, second, other = (make_run(tmp_path / name, n=2, shape=None) for name in ("first", "second", "other"))
+    labelled = fiftyone.Dataset("precious", persistent=True)
+    labelled.add_sample(fiftyone.Sample(filepath=str(tmp_path / "a.png"), mine=fiftyone.Classification(label="rose")))
+    gather([first, second, other], "three")
+    ids = {name: fiftyone.load_dataset(name).values("id") for name in ("precious", "three")}
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusion.curation.gather.assemble", lambda *_: pytest.fail("it works before it looks"))
+        for asked, theirs in (("precious", "precious"), ("Precious", "precious"), ("three", "three")):
+            with pytest.raises(AntherError, match=rf"^--name {asked} would replace .* these folders' .* {theirs}`\.$"):
+                main([str(first), str(second), "--name", asked])
+    assert {name: fiftyone.load_dataset(name).values("id") for name in ids} == ids
+    assert fiftyone.load_dataset("precious").values("mine.label") == ["rose"]
+    build_dataset(first, "two")
+    gather([first, second], "two")
+    gather([second, first], "two")
+    assert fiftyone.load_dataset("two").values("run") == ["second"] * 2 + ["first"] * 2
+    for name in (*ids, "two"):
+        fiftyone.delete_dataset(name)
+
+
+def test_a_database_that_ends_while_runs_are_gathered_is_one_sentence(fiftyone, make_run, tmp_path, monkeypatch):
     from pymongo.errors import ServerSelectionTimeoutError
 
     def ended(*_):
