@@ -9,7 +9,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from diffusion.curation import database
-from diffusion.curation.dataset import EMBEDDING, plain, read_run, rename
+from diffusion.curation.dataset import EMBEDDING, check_free, plain, read_run, rename
 from diffusion.errors import AntherError
 from diffusion.evaluation.rows import parts
 
@@ -66,13 +66,13 @@ def load_exported(folder: Path | str, name: str) -> str:
 
     Args:
         folder: of the run, or the export itself.
-        name: for the dataset; one of that name is replaced when the new one is whole.
+        name: for the dataset; an older one of this folder's images alone is replaced when the new one is whole.
 
     Returns:
         The dataset's name.
 
     Raises:
-        AntherError: there is no export or it is damaged, or there is no database.
+        AntherError: there is no export or it is damaged, another dataset has the name, or there is no database.
     """
     source = Path(folder).absolute()
     if not (source / "samples.json").exists():
@@ -80,6 +80,7 @@ def load_exported(folder: Path | str, name: str) -> str:
     if not (source / "samples.json").exists() or not (source / "metadata.json").exists():
         raise AntherError(f"{source} is no FiftyOneDataset (samples.json, metadata.json, data/): export it first.")
     fo = database.ready()
+    check_free(name, [folder], f"{source}, loaded as {name!r},")
     dataset = fo.Dataset(f"anther in loading {uuid4().hex}")
     try:
         dataset.add_dir(dataset_dir=str(source), dataset_type=fo.types.FiftyOneDataset, progress=False)

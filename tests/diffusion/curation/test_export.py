@@ -54,6 +54,24 @@ def test_reload_gives_the_same(fiftyone, built, moved):
     fiftyone.delete_dataset("reloaded")
 
 
+def test_loading_replaces_nobodys_dataset(fiftyone, moved, tmp_path):
+    theirs = fiftyone.Dataset("theirs", persistent=True)
+    theirs.add_sample(fiftyone.Sample(filepath=str(tmp_path / "a.png"), mine=fiftyone.Classification(label="rose")))
+    names = fiftyone.list_datasets()
+    for asked in ("theirs", "Theirs"):
+        with pytest.raises(AntherError, match=f"loaded as '{asked}', would replace .* data set 'theirs'"):
+            load_exported(moved, asked)
+    assert fiftyone.list_datasets() == names
+    assert fiftyone.load_dataset("theirs").values("mine.label") == ["rose"]
+    ids = []
+    for _ in range(2):
+        load_exported(moved, "ours")
+        ids.append(fiftyone.load_dataset("ours")._doc.id)
+    assert ids[0] != ids[1]
+    for name in ("theirs", "ours"):
+        fiftyone.delete_dataset(name)
+
+
 def test_export_names_no_folder_of_this_machine(built, moved):
     samples = json.loads((moved / "samples.json").read_text())["samples"]
     assert [sample["filepath"] for sample in samples] == [f"data/{k:06d}.png" for k in range(24)]
