@@ -8,7 +8,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from diffusion import cli, settings
+from diffusion import cli, settings, sweeps
 from diffusion.ranks import leader
 
 JOB = "diffusion.evaluation.run.evaluate"
@@ -21,6 +21,7 @@ def main(cfg: DictConfig) -> float | None:
     config = settings.read(cfg, settings.Evaluate)
     hydra_job = HydraConfig.get()
     config["overrides"] = list(hydra_job.overrides.task)
+    config["sweep_dir"] = str(hydra_job.sweep.dir) if sweeps.in_sweep() else None
     objective: float | None = leader.run(JOB, config, Path(hydra_job.runtime.output_dir))
     return objective
 

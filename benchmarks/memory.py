@@ -82,7 +82,7 @@ def evaluate(n: int, folder: Path) -> None:
         patch.object(scoring, "load_extractor", lambda *_: stand_in()),
         patch.object(ClipModel, "encode_images", encode),
     ):
-        run.evaluate({**config, "overrides": overrides}, folder)
+        run.evaluate({**config, "overrides": overrides, "sweep_dir": None}, folder)
 
 
 def peak_megabytes(n: int) -> tuple[int, float]:

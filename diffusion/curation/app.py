@@ -5,6 +5,7 @@ python -m diffusion.curation.app RUN_FOLDER [--port N]
 
 import argparse
 import os
+import shlex
 import socket
 import sys
 import webbrowser
@@ -41,7 +42,8 @@ def open_app(folder: Path | str, port: int = 5151, wait: bool = True) -> Any:
     """
     if not Path(folder).is_dir() and Path(folder).name != str(folder):
         raise AntherError(f"there is no folder {folder}: give the folder of a run of evaluate.py.")
-    _check_port(port)
+    elsewhere = f"`{shlex.join(['python', '-m', 'diffusion.curation.app', str(folder)])} --port N`"
+    _check_port(port, elsewhere)
     fo = database.ready()
     dataset = fo.load_dataset(dataset_of(folder))
     from fiftyone.core.service import ServiceListenTimeout
@@ -53,7 +55,7 @@ def open_app(folder: Path | str, port: int = 5151, wait: bool = True) -> Any:
             session = fo.launch_app(dataset, port=port, address=address, remote=not has_browser())
     except ServiceListenTimeout as error:
         raise AntherError(
-            f"FiftyOne's App does not start on port {port} within a minute: try another --port."
+            f"FiftyOne's App does not start on port {port} within a minute: try another one with {elsewhere}."
         ) from error
     # The page of the dataset itself: the bare address shows it only to who comes after the session is connected.
     page = f"http://localhost:{port}/datasets/{dataset.slug}"
@@ -103,13 +105,15 @@ def has_browser() -> bool:
     return True
 
 
-def _check_port(port: int) -> None:
+def _check_port(port: int, elsewhere: str) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left is free
         try:
             probe.bind(("127.0.0.1", port))
         except (OSError, OverflowError) as error:
-            raise AntherError(f"port {port} is taken, perhaps by another App: close that or choose --port.") from error
+            raise AntherError(
+                f"port {port} is taken, perhaps by another App: close that, or choose another one with {elsewhere}."
+            ) from error
 
 
 def _hint(port: int) -> str:

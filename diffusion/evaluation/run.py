@@ -48,6 +48,7 @@ def evaluate(config: Mapping[str, Any], folder: Path) -> float | None:
         AntherError: any fault that the user can mend.
     """
     _check_installed(config)
+    _check_app(config, folder)
     fabric = make_fabric(config["trainer"])
     fabric.launch()
     subject = load_subject(config["ckpt"], config["model"])
@@ -185,6 +186,22 @@ def _check_installed(config: Mapping[str, Any]) -> None:
         raise AntherError("publish.repo_id publishes what dataset=null leaves out: drop one of the two.")
     if config["publish"]["repo_id"] is not None:
         publish.check(config["publish"]["repo_id"], config["publish"]["dry_run"])
+
+
+def _check_app(config: Mapping[str, Any], folder: Path) -> None:
+    if not config["app"]:
+        return
+    if config["dataset"] is None:
+        raise AntherError(
+            "app=true shows the data set that dataset=null leaves out: drop one of the two, or look at the run "
+            f"afterwards with `{app_command(folder)}`."
+        )
+    if (sweep := config["sweep_dir"]) is not None:
+        gather = shlex.join(["python", "-m", "diffusion.curation.gather", sweep])
+        raise AntherError(
+            "app=true would hold the sweep at this job until Ctrl-C: leave it out, and look at the job afterwards with "
+            f"`{app_command(folder)}`, or gather all jobs into one data set with `{gather} --name NAME`."
+        )
 
 
 def _needs_data(config: Mapping[str, Any], subject: Subject) -> bool:

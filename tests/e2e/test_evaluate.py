@@ -31,6 +31,7 @@ from diffusion.errors import AntherError
 from diffusion.evaluation import clip_score, run, scoring, subject
 from diffusion.images import to_uint8
 from diffusion.samplers import DDIM
+from diffusion.sweeps import failure
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = "prompts=[a red rose,two white daisies,a yellow sunflower]"
@@ -332,6 +333,7 @@ def test_a_sweep_over_other_values_in_the_same_folder_reports_none_of_the_number
         (["nearest.space=inception"], "nearest.space=pixels"),
         (["embedding.layer=dwn2"], "down2"),
         (["publish.repo_id=me/flowers"], "dataset=null"),
+        (["app=true"], "dataset=null"),
         (["network=flowers"], "network"),
         (["data.path=/nowhere"], "data.path"),
         (["model=flowers"], "its own config"),
@@ -367,6 +369,36 @@ def test_the_database_is_asked_before_anything_is_drawn(
     named = [] if asked is None else [f"dataset.name={asked}"]
     assert f"no place for {asked}" in refused("evaluate.py", f"ckpt={trained}", *quick, *named)
     assert not (tmp_path / "run" / "protocol.json").exists()
+
+
+@pytest.fixture
+def job_failures(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str | None]]:
+    """Runs a sweep of two jobs, which fail before they draw, for want of a database at the latest; returns why."""
+
+    def absent(*_: object) -> None:
+        raise AntherError("no database.")
+
+    def run(*overrides: str) -> list[str | None]:
+        monkeypatch.setattr(dataset, "name_for", absent)
+        sweep, quick = tmp_path / "sweep", [word for word in QUICK if word != "dataset=null"]
+        words = ["-m", f"ckpt={trained}", *quick, *overrides, f"hydra.sweep.dir={sweep}"]
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "evaluate.py"), *words])
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        with pytest.raises(SystemExit):
+            cli.run(evaluate.main)
+        assert not list(sweep.glob("*/protocol.json"))
+        return [failure(sweep / str(k)) for k in range(2)]
+
+    return run
+
+
+def test_a_sweep_does_not_wait_in_the_app(job_failures: Callable[..., list[str | None]], tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    for k, why in enumerate(job_failures("guidance.weight=0,2", "app=true")):
+        assert why is not None
+        assert why.startswith("app=true would hold the sweep")
+        assert f"`python -m diffusion.curation.app {sweep / str(k)}`" in why
+        assert f"`python -m diffusion.curation.gather {sweep} --name NAME`" in why
 
 
 def test_guidance_is_part_of_the_record(trained: Path, evaluated: Path, call: Call, tmp_path: Path) -> None:

@@ -71,13 +71,16 @@ def test_refuses_what_is_no_run(fiftyone, tmp_path, run):
 
 
 def test_refuses_a_port_that_is_taken(tmp_path):
+    (tmp_path / "a run").mkdir()
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
         port = server.getsockname()[1]
-        with pytest.raises(AntherError, match=f"port {port} is taken"):
-            app.open_app(tmp_path, port=port)
-    app._check_port(port)
+        with pytest.raises(AntherError, match=f"port {port} is taken") as error:
+            app.open_app(tmp_path / "a run", port=port)
+        # Who came here from evaluate.py has no --port there.
+        assert f"`python -m diffusion.curation.app '{tmp_path / 'a run'}' --port N`" in str(error.value)
+    app._check_port(port, "")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="screens are told by DISPLAY on Linux only")
