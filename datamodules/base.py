@@ -33,6 +33,18 @@ MAX_PIXELS = 2**26
 """8192 x 8192: an image file that declares more is taken for a bomb."""
 
 
+class UndecodableError(ValueError):
+    """A file that is not taken for an image although it may be whole; says why, and what to do.
+
+    Attributes:
+        reason: one word, as in a list of exclusions.
+    """
+
+    def __init__(self, details: str, reason: str = "unreadable") -> None:
+        super().__init__(details)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class ImageTable:
     """A decoded data set: row i is image i for ever.
@@ -45,7 +57,7 @@ class ImageTable:
         captions: one per row.
         digest: sha256 over content and decoding parameters, the key of every cache built on the table.
         files: one path per row where rows are decoded files, else empty.
-        unreadable: names of files that could not be decoded and have no row.
+        unreadable: the files that could not be decoded and have no row, each with why.
         attributes: bool (N, A), what else is known of each row; None where nothing is.
         attribute_names: A of them.
     """
@@ -57,7 +69,7 @@ class ImageTable:
     captions: tuple[str, ...]
     digest: str
     files: tuple[Path, ...] = ()
-    unreadable: tuple[str, ...] = ()
+    unreadable: tuple[Exclusion, ...] = ()
     attributes: Tensor | None = None
     attribute_names: tuple[str, ...] = ()
 
@@ -87,20 +99,33 @@ def open_rgb(path: Path) -> "Image.Image":
     """Decodes a file to RGB, upright by its EXIF orientation, transparency over white.
 
     Raises:
-        OSError, ValueError, SyntaxError: what Pillow raises for files that are not whole images; also for one whose
-            header declares more pixels than a photograph has.
+        OSError, ValueError, SyntaxError: what Pillow raises for files that are not whole images.
+        UndecodableError: the header declares more than `MAX_PIXELS`.
     """
     from PIL import Image, ImageOps
 
-    with Image.open(path) as image:
+    with _opened(path) as image:
         # Pillow warns here and refuses from twice as many on; a few at a time would fill the memory.
         if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{path} declares {image.width} x {image.height} pixels")
+            raise _too_large(f"{image.width} x {image.height}")
         upright = ImageOps.exif_transpose(image)
         if not upright.has_transparency_data:
             return upright.convert("RGB")
         rgba = upright.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def _opened(path: Path) -> "Image.Image":
+    from PIL import Image
+
+    try:
+        return Image.open(path)
+    except Image.DecompressionBombError as error:
+        raise _too_large("far too many") from error
+
+
+def _too_large(size: str) -> UndecodableError:
+    return UndecodableError(f"declares {size} pixels, more than {MAX_PIXELS:,}: make the image smaller", "too_large")
 
 
 def content_digest(parts: Sequence[object], arrays: Sequence[bytes | Array] = ()) -> str:
@@ -433,7 +458,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     def _without_excluded(self, table: ImageTable, splits: dict[str, Array]) -> dict[str, Array]:
         named = {exclusion.name for exclusion in self.exclusions}
-        if unknown := sorted(named - set(table.names) - set(table.unreadable)):
+        if unknown := sorted(named - set(table.names) - {fault.name for fault in table.unreadable}):
             shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
             raise AntherError(
                 f"data.exclude={self.exclude} names {shown}, which {self.name} does not have: correct the list, or "

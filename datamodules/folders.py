@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -19,7 +20,16 @@ import torch
 
 from datamodules.archives import IMAGE_SUFFIXES, content_root, extract, hidden
 from datamodules.augment import Augment
-from datamodules.base import Array, ImageDataModule, ImageTable, cached_images, content_digest, open_rgb
+from datamodules.base import (
+    Array,
+    ImageDataModule,
+    ImageTable,
+    UndecodableError,
+    cached_images,
+    content_digest,
+    open_rgb,
+)
+from datamodules.exclusion import Exclusion
 from diffusion import secrecy
 from diffusion.assets import cache_dir, download, resolve
 from diffusion.errors import AntherError
@@ -130,6 +140,7 @@ class FolderImages(ImageDataModule):
             content = list(pool.map(_sha256, files))
         how = "bicubic, centre, white" if self.crop is None else f"bicubic, centre {self.crop}, white"
         digest = content_digest([how, shape, names, content])
+        faults: dict[int, Exclusion] = {}
 
         def decode(row: int) -> Array | None:
             try:
@@ -138,13 +149,14 @@ class FolderImages(ImageDataModule):
             except (MemoryError, AntherError):
                 raise
             # What Pillow raises for damaged files depends on the format.
-            except Exception:
+            except Exception as error:
+                faults[row] = _fault(names[row], error)
                 return None
 
         images, kept = cached_images(digest, len(files), shape, decode, f"decoding {self.name}")
         corrupt = sorted(set(range(len(files))) - set(kept))
         excluded = self.excluded
-        self._judge([files[row] for row in corrupt if names[row] not in excluded])
+        self._judge({files[row]: faults[row].details for row in corrupt if names[row] not in excluded})
         if missing := set(range(len(class_names))) - {labels[row] for row in kept}:
             empty = ", ".join(class_names[label] for label in sorted(missing))
             raise AntherError(f"no image of {empty} in {root} can be decoded; replace them or change data.classes.")
@@ -157,7 +169,7 @@ class FolderImages(ImageDataModule):
             captions=tuple(captions[labels[row]] for row in kept),
             digest=digest,
             files=tuple(files[row] for row in kept),
-            unreadable=tuple(names[row] for row in corrupt),
+            unreadable=tuple(faults[row] for row in corrupt),
         )
 
     def locate(self) -> Path:
@@ -239,10 +251,11 @@ class FolderImages(ImageDataModule):
         article = "an" if noun[0].lower() in "aeiou" else "a"
         return self.captions.format(noun=noun, a_noun=f"{article} {noun}")
 
-    def _judge(self, corrupt: list[Path]) -> None:
+    def _judge(self, corrupt: Mapping[Path, str]) -> None:
         if not corrupt:
             return
-        shown = ", ".join(map(str, corrupt[:10])) + (f" and {len(corrupt) - 10} more" if len(corrupt) > 10 else "")
+        shown = ", ".join(f"{file} ({details})" for file, details in islice(corrupt.items(), 10))
+        shown += f" and {len(corrupt) - 10} more" if len(corrupt) > 10 else ""
         if self.on_corrupt == "refuse":
             raise AntherError(
                 f"{len(corrupt)} of the image files cannot be decoded: {shown}; replace them, or go on without them "
@@ -313,6 +326,16 @@ class Flowers210(FolderImages):
         if absent := [file for file in files if not file.is_file()]:
             raise AntherError(f"{table} names {absent[0].name}, which is not there; get the archive again.")
         return files, labels, class_names
+
+
+def _fault(name: str, error: Exception) -> Exclusion:
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UndecodableError):
+        return Exclusion(name, error.reason, str(error))
+    # Pillow's own words for this one repeat the path.
+    unknown = "is no image of a kind that Pillow knows" if isinstance(error, UnidentifiedImageError) else ""
+    return Exclusion(name, "unreadable", unknown or str(error) or type(error).__name__)
 
 
 def _sha256(path: Path) -> str:

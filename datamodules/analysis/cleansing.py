@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 REASONS: Mapping[str, str] = {
     "unreadable": "the file cannot be decoded",
+    "too_large": "the file declares more pixels than a photograph has, and is not decoded",
     "non_finite": "the file has values that are no numbers",
     "too_small": "the short side is less than the size that images are decoded to",
     "odd_aspect": "far from square, so that the central square shows little of it",
@@ -84,7 +85,7 @@ def find(table: ImageTable, measured: Measured, side: int, limits: Limits, reaso
         reasons: for which an image is put on the list.
     """
     frame = measured.frame
-    found = [Exclusion(name, "unreadable", "cannot be decoded") for name in table.unreadable]
+    found = list(table.unreadable)
 
     def add(reason: str, rows: Iterable[int], details: "pd.Series") -> None:
         found.extend(Exclusion(frame["name"][k], reason, details[k], split=frame["split"][k]) for k in rows)

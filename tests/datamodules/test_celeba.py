@@ -90,7 +90,7 @@ def test_attributes_stay_with_their_images_when_one_cannot_be_decoded(files):
         archive.extractall(files)
     (files / "img_align_celeba" / "000002.jpg").write_bytes(b"")
     module = ready(files, on_corrupt="skip")
-    assert module.table.unreadable == ("000002.jpg",)
+    assert [fault.name for fault in module.table.unreadable] == ["000002.jpg"]
     assert module.table.attributes.tolist() == [row for k, row in enumerate(whole.table.attributes.tolist()) if k != 1]
     names = {split: [module.table.names[row] for row in rows] for split, rows in module.splits.items()}
     assert names["val"] == ["000005.jpg", "000010.jpg"]

@@ -101,7 +101,7 @@ def test_a_file_that_cannot_be_decoded_may_be_on_the_list(tmp_path, photos):
     write_exclusions(tmp_path / "list.csv", [Exclusion("iris/3.png", "unreadable")])
     module = ready(photos, tmp_path / "list.csv")
     assert len(module.table) == 19
-    assert module.table.unreadable == ("iris/3.png",)
+    assert [fault.name for fault in module.table.unreadable] == ["iris/3.png"]
     (photos / "rose" / "4.png").write_bytes(b"no picture either")
     with pytest.raises(AntherError, match=r"1 of the image files cannot be decoded: .*rose/4\.png"):
         ready(photos, tmp_path / "list.csv")

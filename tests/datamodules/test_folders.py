@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from PIL import Image
 
 from datamodules.base import open_rgb
+from datamodules.exclusion import Exclusion
 from datamodules.folders import Flowers210, FolderImages, decode_square, singular
 from diffusion.assets import ASSETS, cache_dir, resolve
 from diffusion.errors import AntherError
@@ -244,7 +245,9 @@ def test_corrupt_images_are_named_and_refused_or_skipped(flowers, damage, caplog
     for name in ("daisy/1.jpg", "roses/0.PNG"):
         (flowers / name).write_bytes(DAMAGE[damage]((flowers / name).read_bytes()))
     for _ in range(2):
-        with pytest.raises(AntherError, match=r"2 of the .*daisy/1\.jpg, .*roses/0\.PNG; .*data\.on_corrupt=skip"):
+        with pytest.raises(
+            AntherError, match=r"2 of the .*daisy/1\.jpg \(.+\), .*roses/0\.PNG \(.+\); .*on_corrupt=skip"
+        ):
             table(flowers)
     module = make(flowers, on_corrupt="skip")
     module.prepare_data()
@@ -256,6 +259,20 @@ def test_corrupt_images_are_named_and_refused_or_skipped(flowers, damage, caplog
     assert module.table.original(1).size == (24, 16)
     assert caplog.text.count("skipped 2 files that cannot be decoded") == 1
     assert "daisy/1.jpg" in caplog.text
+
+
+def test_why_a_file_cannot_be_decoded_is_said(flowers, monkeypatch):
+    monkeypatch.setattr("datamodules.base.MAX_PIXELS", 24 * 16)
+    picture(99, 24, 17).save(flowers / "iris" / "4.png")
+    (flowers / "iris" / "5.png").write_bytes(b"no picture")
+    large = "declares 24 x 17 pixels, more than 384: make the image smaller"
+    with pytest.raises(AntherError, match=rf"iris/4\.png \({large}\), .*iris/5\.png \(is no image of"):
+        table(flowers)
+    for _ in range(2):  # the second time from the cache
+        assert table(flowers, on_corrupt="skip").unreadable == (
+            Exclusion("iris/4.png", "too_large", large),
+            Exclusion("iris/5.png", "unreadable", "is no image of a kind that Pillow knows"),
+        )
 
 
 @pytest.mark.parametrize("on_corrupt", ["refuse", "skip"])
@@ -282,7 +299,7 @@ def test_an_image_that_can_be_decoded_by_now_is_not_left_out(flowers, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr("datamodules.folders.open_rgb", refusing("iris/2.jpg", fault))
         if on_corrupt == "refuse":
-            with pytest.raises(AntherError, match=r"1 of the .*iris/2\.jpg; .*data\.on_corrupt=skip"):
+            with pytest.raises(AntherError, match=r"1 of the .*iris/2\.jpg \(.+\); .*data\.on_corrupt=skip"):
                 table(flowers)
         else:
             assert len(table(flowers, on_corrupt=on_corrupt)) == 11

@@ -215,8 +215,8 @@ def test_the_commands_that_need_no_model(tmp_path, capsys):
     (tmp_path / "large.png").write_bytes(_declaring(content, 9000, 9000))
     for words, says in (
         (["forward", str(tmp_path / "chunk.png")], r"chunk\.png cannot be read as an image \(broken PNG.*\): give"),
-        (["forward", str(tmp_path / "huge.png")], r"huge\.png cannot be read as an image \(.*900000000 pixels"),
-        (["forward", str(tmp_path / "large.png")], r"large\.png cannot be read as an image \(.* declares 9000 x 9000"),
+        (["forward", str(tmp_path / "huge.png")], r"huge\.png cannot be read as an image \(declares far too many"),
+        (["forward", str(tmp_path / "large.png")], r"large\.png cannot be read as an image \(declares 9000 x 9000"),
         (["forward", str(tmp_path / "a.png"), "--size", "0"], "--size 0 counts pixels: 1 or more"),
         (["schedules", "flat"], "no schedule 'flat': choose from cosine"),
         (["schedules", "--T", "1"], "2 or more"),

@@ -86,6 +86,7 @@ def test_a_folder_with_one_of_each_fault(call: Call, faulty: Path, tmp_path: Pat
     assert content["excluded"] == 6
     assert {reason: c["images"] for reason, c in content["findings"].items() if c["listed"]} == {
         "unreadable": 1,
+        "too_large": 0,
         "non_finite": 0,
         "too_small": 1,
         "odd_aspect": 1,

@@ -84,7 +84,7 @@ def test_every_planted_fault_is_found_and_nothing_else(tmp_path, clean):
         "twin": jpeg(clean["clean05"].resize((72, 60)), 50),
         "brighter": ImageEnhance.Brightness(clean["clean07"]).enhance(1.15),
     }
-    table = replace(make_table(tmp_path, clean | planted), unreadable=("cut.jpg",))
+    table = replace(make_table(tmp_path, clean | planted), unreadable=(Exclusion("cut.jpg", "unreadable", "cut"),))
     found, listed = run(table)
     assert listed == {
         ("cut.jpg", "unreadable", ""),
