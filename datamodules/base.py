@@ -32,6 +32,8 @@ Array = np.ndarray
 MAX_PIXELS = 2**26
 """8192 x 8192: an image file that declares more is taken for a bomb."""
 
+_BITS_PER_SAMPLE = 258  # a tag of TIFF
+
 
 class UndecodableError(ValueError):
     """A file that is not taken for an image although it may be whole; says why, and what to do.
@@ -96,11 +98,11 @@ class ImageTable:
 
 
 def open_rgb(path: Path) -> "Image.Image":
-    """Decodes a file to RGB, upright by its EXIF orientation, transparency over white.
+    """Decodes a file to RGB, upright by its EXIF orientation, transparency over white, 16 bits scaled to 8.
 
     Raises:
         OSError, ValueError, SyntaxError: what Pillow raises for files that are not whole images.
-        UndecodableError: the header declares more than `MAX_PIXELS`.
+        UndecodableError: the header declares more than `MAX_PIXELS`, or nothing says which values are black and white.
     """
     from PIL import Image, ImageOps
 
@@ -109,10 +111,60 @@ def open_rgb(path: Path) -> "Image.Image":
         if image.width * image.height > MAX_PIXELS:
             raise _too_large(f"{image.width} x {image.height}")
         upright = ImageOps.exif_transpose(image)
+        if _deep(image):
+            return _eight_bits(upright, _bits(image)).convert("RGB")
         if not upright.has_transparency_data:
             return upright.convert("RGB")
         rgba = upright.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def is_deep(path: Path) -> bool:
+    """Whether a file has grey values of more than 8 bits, which `open_rgb` scales or refuses."""
+    from PIL import Image
+
+    with path.open("rb") as file:
+        if file.read(3) == b"\xff\xd8\xff":  # JPEG never has, and most files are
+            return False
+    try:
+        with Image.open(path) as image:
+            return _deep(image)
+    # What Pillow raises for damaged files depends on the format.
+    except Exception:
+        return False
+
+
+def _deep(image: "Image.Image") -> bool:
+    return image.mode[0] in "IF"
+
+
+def _bits(image: "Image.Image") -> int:
+    """Of the values of a deep image.
+
+    Raises:
+        UndecodableError: their range is not known.
+    """
+    if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise UndecodableError("has values that are NaN or infinity (mode F)", "non_finite")
+    if image.mode.startswith("I;16"):
+        # TIFF also has 12 bits in this mode.
+        return int(getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0])
+    if image.mode == "I" and image.format in ("PNG", "PPM"):
+        return 16  # the most that a PNG has, and what Pillow scales a PPM to
+    kind = "floating-point numbers" if image.mode == "F" else "whole numbers of 32 bits or with a sign"
+    raise UndecodableError(
+        f"has {kind} (mode {image.mode}), of which nothing says where white is: save it with 8 or 16 bits"
+    )
+
+
+def _eight_bits(image: "Image.Image", bits: int) -> "Image.Image":
+    from PIL import Image
+
+    values, white = np.asarray(image).astype(np.uint32), 2**bits - 1
+    pixels = ((values * 255 + white // 2) // white).astype(np.uint8)
+    if "transparency" in image.info:
+        pixels[values == image.info["transparency"]] = 255
+    return Image.fromarray(pixels)
 
 
 def _opened(path: Path) -> "Image.Image":

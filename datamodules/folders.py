@@ -27,6 +27,7 @@ from datamodules.base import (
     UndecodableError,
     cached_images,
     content_digest,
+    is_deep,
     open_rgb,
 )
 from datamodules.exclusion import Exclusion
@@ -43,7 +44,7 @@ class FolderImages(ImageDataModule):
     """Images in `path/{class}/*.jpg`.
 
     The short side is resized to `short_side` (bicubic, antialiased) and the central square taken, so the aspect never
-    changes. EXIF orientation is honoured, transparency becomes white.
+    changes. EXIF orientation is honoured, transparency becomes white, and 16-bit grey is scaled to 8 bits.
 
     Args:
         batch_size: see `ImageDataModule`.
@@ -340,7 +341,8 @@ def _fault(name: str, error: Exception) -> Exclusion:
 
 def _sha256(path: Path) -> str:
     with _read(path):
-        return sha256(path)
+        # A key of their own: tables that were made before such images were scaled have them clipped.
+        return sha256(path) + (" scaled" if is_deep(path) else "")
 
 
 @contextmanager

@@ -91,7 +91,6 @@ def find(table: ImageTable, measured: Measured, side: int, limits: Limits, reaso
         found.extend(Exclusion(frame["name"][k], reason, details[k], split=frame["split"][k]) for k in rows)
 
     sizes = frame["width"].astype(str) + " x " + frame["height"].astype(str)
-    add("non_finite", np.flatnonzero(~frame["finite"]), frame["name"].map(lambda _: "NaN or infinity"))
     if table.files:
         small = np.flatnonzero(frame[["width", "height"]].min(axis=1) < side)
         add("too_small", small, sizes + f" pixels, below {side}")

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,7 +34,7 @@ class Measured:
 
     Attributes:
         frame: a row per image: `row` in the table, `name`, `split`, `label`, the columns of `SIZES` and `MEASURES`,
-            `spread` (see `measure`) and `finite`.
+            and `spread` (see `measure`).
         hashes: uint64 (n,), the perceptual hash of each row of the frame.
         histogram: float64 (channels, 256), share of the pixels with each value; every image weighs the same.
     """
@@ -55,7 +54,7 @@ def measure_all(table: ImageTable, splits: Mapping[str, Array]) -> Measured:
     channels = table.images.shape[1]
 
     def one(row: int) -> tuple[dict[str, Any], int, Array]:
-        return measure(table.original(row), channels, table.files[row] if table.files else None)
+        return measure(table.original(row), channels)
 
     records: list[dict[str, Any]] = []
     hashes = np.zeros(len(rows), np.uint64)
@@ -78,7 +77,7 @@ def measure_all(table: ImageTable, splits: Mapping[str, Array]) -> Measured:
     return Measured(pd.DataFrame(records), hashes, histogram / len(rows))
 
 
-def measure(image: "Image.Image", channels: int, file: Path | None = None) -> tuple[dict[str, Any], int, Array]:
+def measure(image: "Image.Image", channels: int) -> tuple[dict[str, Any], int, Array]:
     """The measurements of one image.
 
     Brightness, contrast, edge density and entropy are those of the grey image (ITU-R 601-2). The edge is the magnitude
@@ -88,7 +87,6 @@ def measure(image: "Image.Image", channels: int, file: Path | None = None) -> tu
     Args:
         image: RGB.
         channels: 3, or 1 for a grey data set.
-        file: that the image was read from.
 
     Returns:
         The values, the perceptual hash (64 bits), and the share of each pixel value, float64 (channels, 256).
@@ -109,20 +107,11 @@ def measure(image: "Image.Image", channels: int, file: Path | None = None) -> tu
         "edge_density": float((np.hypot(*slopes) / np.sqrt(2)).mean()),
         "entropy": float(grey.entropy()),
         "spread": float(np.percentile(np.ptp(colours, -1), 99)),
-        "finite": file is None or _finite(file),
     }
     bits = imagehash.phash(image).hash.ravel()
     planes = [grey] if channels == 1 else image.split()
     shares = np.array([plane.histogram() for plane in planes], np.float64) / pixels.size
     return record, int(np.packbits(bits).view(">u8")[0]), shares
-
-
-def _finite(file: Path) -> bool:
-    from PIL import Image
-
-    with Image.open(file) as image:
-        # Only this mode has values that are none; conversion to RGB would hide them.
-        return image.mode != "F" or bool(np.isfinite(np.asarray(image)).all())
 
 
 def statistics(values: "Sequence[float] | pd.Series") -> dict[str, float]:

@@ -2,6 +2,7 @@ import errno
 import logging
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -199,6 +200,71 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert decode_square(path, 8, 1).shape == (1, 8, 8)
     if mode in ("RGBA", "LA"):
         assert (decode_square(path, 8, 3) == 255).all()
+
+
+DEEP = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040  # 0 to 65,520
+
+
+def tiff_of_12_bits(path):
+    # Pillow reads them but writes none: two grey values in three bytes, the first 0, the other 4095.
+    tags = {256: 8, 257: 8, 258: 12, 259: 1, 262: 1, 273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: 8, 279: 96}
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags.items()
+    )
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    path.write_bytes(head + entries + bytes(4) + bytes.fromhex("000fff") * 32)
+
+
+@pytest.mark.parametrize("kind", ["png", "tif", "big-endian tif", "pgm"])
+def test_16_bits_are_scaled_to_8(tmp_path, kind):
+    path = tmp_path / f"a.{kind.split()[-1]}"
+    if kind == "pgm":  # of mode I, which older versions of Pillow also give to a PNG
+        path.write_bytes(b"P5 8 8 65535\n" + DEEP.astype(">u2").tobytes())
+    elif kind == "big-endian tif":
+        Image.frombytes("I;16B", (8, 8), DEEP.astype(">u2").tobytes()).save(path)
+    else:
+        Image.fromarray(DEEP).save(path)
+    expected = np.rint(DEEP / 257).astype(np.uint8)
+    assert np.array_equal(decode_square(path, 8, 1)[0], expected)
+    assert np.array_equal(open_rgb(path), np.repeat(expected[..., None], 3, 2))
+
+
+def test_12_bits_are_scaled_to_8(tmp_path):
+    tiff_of_12_bits(tmp_path / "a.tif")
+    assert np.array_equal(decode_square(tmp_path / "a.tif", 8, 1)[0], np.tile(np.array([0, 255], np.uint8), (8, 4)))
+
+
+def test_transparency_of_16_bits_becomes_white(tmp_path):
+    Image.fromarray(DEEP).save(tmp_path / "a.png", transparency=1040)
+    assert decode_square(tmp_path / "a.png", 8, 1)[0, 0, :3].tolist() == [0, 255, 8]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "reason", "details"),
+    [
+        (DEEP.astype(np.int32), "unreadable", "whole numbers of 32 bits .*(mode I)"),
+        (DEEP.astype(np.int32) * 2, "unreadable", "whole numbers of 32 bits .*(mode I)"),
+        (np.full((8, 8), 0.5, np.float32), "unreadable", "floating-point numbers .*(mode F)"),
+        (np.full((8, 8), np.nan, np.float32), "non_finite", "NaN or infinity .*(mode F)"),
+        (np.full((8, 8), np.inf, np.float32), "non_finite", "NaN or infinity .*(mode F)"),
+    ],
+)
+def test_values_without_a_known_range_are_refused(flowers, pixels, reason, details):
+    Image.fromarray(pixels).save(flowers / "iris" / "4.tif")
+    with pytest.raises(AntherError, match=rf"1 of .*iris/4\.tif \(has .*{details}"):
+        table(flowers)
+    (fault,) = table(flowers, on_corrupt="skip").unreadable
+    assert (fault.name, fault.reason) == ("iris/4.tif", reason)
+
+
+def test_tables_that_were_made_while_16_bits_were_clipped_are_not_used(flowers, monkeypatch):
+    ordinary = table(flowers).digest
+    Image.fromarray(DEEP).save(flowers / "iris" / "4.png")
+    scaled = table(flowers).digest
+    monkeypatch.setattr("datamodules.folders.is_deep", lambda _: False)  # as it was
+    assert scaled != table(flowers).digest
+    (flowers / "iris" / "4.png").unlink()
+    assert table(flowers).digest == ordinary
 
 
 def test_missing_data(tmp_path):

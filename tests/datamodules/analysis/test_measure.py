@@ -55,12 +55,12 @@ def test_the_hash_is_that_of_imagehash():
     assert f"{measure(image, 3)[1]:016x}" == str(imagehash.phash(image))
 
 
-@pytest.mark.parametrize(("value", "finite"), [(np.nan, False), (np.inf, False), (3.0, True)])
-def test_values_that_are_no_numbers(tmp_path, value, finite):
-    pixels = np.full((8, 8), 20, np.float32)
-    pixels[3, 3] = value
-    Image.fromarray(pixels).save(tmp_path / "a.tif")
-    assert measure(Image.new("RGB", (8, 8)), 3, tmp_path / "a.tif")[0]["finite"] is finite
+def test_16_bits_are_measured_as_they_are_decoded(tmp_path, table):
+    from dataclasses import replace
+
+    Image.fromarray(np.full((8, 8), 257 * 100, np.uint16)).save(tmp_path / "a.png")
+    measured = measure_all(replace(table, files=(tmp_path / "a.png",) * 12), {"train": np.arange(1)})
+    assert measured.frame["brightness"].tolist() == [100]
 
 
 def test_statistics():
