@@ -365,10 +365,27 @@ def _read(path: Path) -> Iterator[None]:
 
 
 def image_files(folder: Path, root: Path) -> list[Path]:
-    """The images in a folder and below, in the order of their paths relative to `root`; hidden ones do not count."""
+    """The images in a folder and below, in the order of their paths relative to `root`; hidden ones do not count.
+
+    Raises:
+        AntherError: the name of one is not UTF-8, so that no list or record could hold it.
+    """
     found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     named = {path.relative_to(root).as_posix(): path for path in found}
-    return [path for name, path in sorted(named.items()) if not any(map(hidden, name.split("/")))]
+    files = [path for name, path in sorted(named.items()) if not any(map(hidden, name.split("/")))]
+    if strange := [path for path in files if not _is_text(path.relative_to(root).as_posix())]:
+        shown = os.fsencode(strange[0]).decode("utf-8", "backslashreplace")
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        raise AntherError(f"the names of these image files are not UTF-8: {shown}{more}; rename them.")
+    return files
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def decode_square(path: Path, side: int, channels: int, crop: int | None = None) -> Array:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from datamodules.base import open_rgb
 from datamodules.exclusion import Exclusion
-from datamodules.folders import Flowers210, FolderImages, decode_square, singular
+from datamodules.folders import Flowers210, FolderImages, PlainFolder, decode_square, singular
 from diffusion.assets import ASSETS, cache_dir, resolve
 from diffusion.errors import AntherError
 
@@ -206,13 +206,13 @@ DEEP = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040  # 0 to 65,520
 
 
 def tiff_of_12_bits(path):
-    # Pillow reads them but writes none: two grey values in three bytes, the first 0, the other 4095.
+    # Pillow reads them but writes none: two grey values in three bytes, the first 0, the other 2048.
     tags = {256: 8, 257: 8, 258: 12, 259: 1, 262: 1, 273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: 8, 279: 96}
     entries = b"".join(
         struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags.items()
     )
     head = b"II*\0" + struct.pack("<IH", 8, len(tags))
-    path.write_bytes(head + entries + bytes(4) + bytes.fromhex("000fff") * 32)
+    path.write_bytes(head + entries + bytes(4) + bytes.fromhex("000800") * 32)
 
 
 @pytest.mark.parametrize("kind", ["png", "tif", "big-endian tif", "pgm"])
@@ -231,7 +231,7 @@ def test_16_bits_are_scaled_to_8(tmp_path, kind):
 
 def test_12_bits_are_scaled_to_8(tmp_path):
     tiff_of_12_bits(tmp_path / "a.tif")
-    assert np.array_equal(decode_square(tmp_path / "a.tif", 8, 1)[0], np.tile(np.array([0, 255], np.uint8), (8, 4)))
+    assert np.array_equal(decode_square(tmp_path / "a.tif", 8, 1)[0], np.tile(np.array([0, 128], np.uint8), (8, 4)))
 
 
 def test_transparency_of_16_bits_becomes_white(tmp_path):
@@ -290,6 +290,16 @@ def test_empty_and_missing_class_folders(flowers):
     with pytest.raises(AntherError, match=r"class folder .*flowers/empty holds no images"):
         table(flowers)
     assert len(table(flowers, classes=["daisy"]).names) == 4
+
+
+@pytest.mark.parametrize("kind", [FolderImages, PlainFolder])
+def test_names_that_are_not_utf8_are_refused_before_anything_is_decoded(flowers, kind):
+    (flowers / os.fsdecode(b"iris/caf\xe9.txt")).write_text("no image")
+    assert len(kind(path=str(flowers), batch_size=2, seed=0, size=8).load()) == 12
+    picture(0).save(flowers / os.fsdecode(b"iris/caf\xe9.png"))
+    picture(1).save(flowers / os.fsdecode(b"iris/th\xe9.png"))
+    with pytest.raises(AntherError, match=r"not UTF-8: .*/iris/caf\\xe9\.png and 1 more; rename them"):
+        kind(path=str(flowers), batch_size=2, seed=0, size=8).load()
 
 
 def test_no_class_folders(tmp_path):
