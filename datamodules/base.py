@@ -511,7 +511,8 @@ class ImageDataModule(LightningDataModule, ABC):
     def _without_excluded(self, table: ImageTable, splits: dict[str, Array]) -> dict[str, Array]:
         named = {exclusion.name for exclusion in self.exclusions}
         if unknown := sorted(named - set(table.names) - {fault.name for fault in table.unreadable}):
-            shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+            shown = ", ".join(name if name == name.strip() else repr(name) for name in unknown[:5])
+            shown += f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
             raise AntherError(
                 f"data.exclude={self.exclude} names {shown}, which {self.name} does not have: correct the list, or "
                 "give the one that was made for these data."

@@ -29,10 +29,14 @@ class Exclusion:
 
 
 COLUMNS = tuple(field.name for field in fields(Exclusion))
+# A file's name may begin or end with a space.
+NAMES = ("name", "kept")
 
 
 def read_exclusions(path: Path) -> tuple[Exclusion, ...]:
     """Reads a list; columns other than `name` may be missing, and lines without a name do not count.
+
+    Names stay as they are, and the other columns lose the spaces around them.
 
     Raises:
         AntherError: there is no such file, or it has no column `name`.
@@ -44,13 +48,17 @@ def read_exclusions(path: Path) -> tuple[Exclusion, ...]:
                 raise AntherError(
                     f"data.exclude={path} has no column `name` in its first line; analyze.py writes such a list."
                 )
-            found = [{key: (row.get(key) or "").strip() for key in COLUMNS} for row in reader]
+            found = [{key: row.get(key) or "" for key in COLUMNS} for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         said = getattr(error, "strerror", None) or error
         raise AntherError(
             f"data.exclude={path} cannot be read ({said}); give the CSV that analyze.py wrote."
         ) from error
-    return tuple(Exclusion(**row) for row in found if row["name"])
+    return tuple(
+        Exclusion(**{key: value if key in NAMES else value.strip() for key, value in row.items()})
+        for row in found
+        if row["name"].strip()
+    )
 
 
 def write_exclusions(path: Path, exclusions: Iterable[Exclusion]) -> None:

@@ -38,14 +38,15 @@ def test_round_trip(tmp_path):
     lines = (
         Exclusion("a, b/é.jpg", "near_duplicate", 'differs by "2"', "c.jpg", "train"),
         Exclusion("d.jpg", "dark"),
+        Exclusion(" a.jpg", "near_duplicate", kept="b.jpg "),
     )
     write_exclusions(tmp_path / "list.csv", lines)
     assert read_exclusions(tmp_path / "list.csv") == lines
 
 
 def test_a_list_made_by_hand(tmp_path):
-    (tmp_path / "list.csv").write_text("\ufeffname\r\n a.jpg \r\n\r\nb.jpg\r\n,\r\n", "utf-8")
-    assert read_exclusions(tmp_path / "list.csv") == (Exclusion("a.jpg"), Exclusion("b.jpg"))
+    (tmp_path / "list.csv").write_text("\ufeffname,reason\r\na.jpg, dark \r\n\r\nb.jpg\r\n,\r\n \r\n", "utf-8")
+    assert read_exclusions(tmp_path / "list.csv") == (Exclusion("a.jpg", "dark"), Exclusion("b.jpg"))
 
 
 def test_what_is_no_list(tmp_path, photos):
@@ -86,6 +87,17 @@ def test_several_reasons_for_one_image_count_once(tmp_path, photos):
 def test_a_name_that_the_data_do_not_have(tmp_path, photos):
     write_exclusions(tmp_path / "list.csv", [Exclusion("iris/0.png"), Exclusion("iris/77.png")])
     with pytest.raises(AntherError, match=r"names iris/77\.png, which photos does not have: correct the list"):
+        ready(photos, tmp_path / "list.csv")
+
+
+def test_a_name_with_spaces_around_it(tmp_path, photos):
+    (photos / "iris" / "4.png").rename(photos / "iris" / " 4.png")
+    (photos / "iris").rename(photos / " iris")
+    write_exclusions(tmp_path / "list.csv", [Exclusion(" iris/ 4.png", "dark")])
+    module = ready(photos, tmp_path / "list.csv")
+    assert sum(map(len, module.splits.values())) == 19
+    write_exclusions(tmp_path / "list.csv", [Exclusion("iris/ 4.png "), Exclusion("iris/5.png")])
+    with pytest.raises(AntherError, match=r"names 'iris/ 4\.png ', iris/5\.png, which photos does not have"):
         ready(photos, tmp_path / "list.csv")
 
 
