@@ -68,7 +68,12 @@ class FolderImages(ImageDataModule):
         split: see `ImageDataModule`.
         split_seed: see `ImageDataModule`.
         exclude: see `ImageDataModule`; files that cannot be decoded may be named there too.
+
+    Attributes:
+        needs_every_class: whether a class without an image stops it; not where such faults are what is looked for.
     """
+
+    needs_every_class = True
 
     def __init__(
         self,
@@ -158,7 +163,13 @@ class FolderImages(ImageDataModule):
         corrupt = sorted(set(range(len(files))) - set(kept))
         excluded = self.excluded
         self._judge({files[row]: faults[row].details for row in corrupt if names[row] not in excluded})
-        if missing := set(range(len(class_names))) - {labels[row] for row in kept}:
+        if not kept:
+            raise AntherError(
+                f"none of the {len(files):,} image files in {root} can be decoded, such as {files[0]} "
+                f"({faults[0].details}): replace them or correct data.path."
+            )
+        missing = set(range(len(class_names))) - {labels[row] for row in kept}
+        if missing and self.needs_every_class:
             empty = ", ".join(class_names[label] for label in sorted(missing))
             raise AntherError(f"no image of {empty} in {root} can be decoded; replace them or change data.classes.")
         captions = [self.caption(class_name) for class_name in class_names]
@@ -237,13 +248,15 @@ class FolderImages(ImageDataModule):
         labels: list[int] = []
         for label, class_name in enumerate(class_names):
             found = image_files(root / class_name, root)
-            if not found:
+            if not found and self.needs_every_class:
                 raise AntherError(
                     f"the class folder {root / class_name} holds no images ({KINDS}); fill it "
                     "or leave it out of data.classes."
                 )
             files += found
             labels += [label] * len(found)
+        if not files:
+            raise AntherError(f"no class folder in {root} holds images ({KINDS}); correct data.path.")
         return files, labels, class_names
 
     def caption(self, class_name: str) -> str:

@@ -155,6 +155,7 @@ def summarise(measured: Measured, table: ImageTable, most: int = 20) -> dict[str
             name: {"mean": float(mean), "std": float(std)}
             for name, mean, std in zip(names, means, deviations, strict=True)
         },
+        "empty_classes": [name for label, name in enumerate(table.class_names) if not (table.labels == label).any()],
         "labels": {
             split: {name: int((part["label"] == name).sum()) for name in table.class_names}
             for split, part in frame.groupby("split", sort=False)

@@ -127,6 +127,10 @@ PAGE = """\
 <td>{{ "yes" if counts.listed and counts.images else "" }}</td><td class="soft">{{ reasons[reason] }}</td></tr>
 {% endfor %}
 </table>
+{% if summary.empty_classes %}
+<p>Classes without an image that can be decoded: {{ summary.empty_classes | join(", ") }}. Training needs one of each:
+fill their folders, or leave them out of <code>data.classes</code>.</p>
+{% endif %}
 <p>Nothing was deleted. Read and edit <code>exclude.csv</code>; then <code>{{ command }}</code> leaves its
 {{ summary.excluded }} images out.</p>
 

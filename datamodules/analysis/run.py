@@ -26,12 +26,15 @@ def analyze(config: Mapping[str, Any], folder: Path) -> None:
     _check_installed()
     from datamodules.analysis import cleansing, measure, plots, report
     from datamodules.exclusion import write_exclusions
+    from datamodules.folders import FolderImages
 
     if unknown := set(config["reasons"]) - set(cleansing.REASONS):
         raise AntherError(f"reasons={sorted(unknown)} are not known: choose from {', '.join(cleansing.REASONS)}.")
-    # Files that cannot be decoded are what is looked for here, so they do not stop it.
+    # Files that cannot be decoded are what is looked for here, so they do not stop it, nor does a class of no others.
     skip = {"on_corrupt": "skip"} if "on_corrupt" in config["data"] else {}
     datamodule = build({**config["data"], **skip})
+    if isinstance(datamodule, FolderImages):
+        datamodule.needs_every_class = False
     datamodule.prepare_data()
     datamodule.setup()
     print(datamodule.describe())
@@ -113,7 +116,9 @@ def _farewell(summary: Mapping[str, Any], folder: Path, page: Path, command: str
     )
     if table.row_count:
         Console().print(table)
-    else:
+    if empty := summary["empty_classes"]:
+        print(f"no image to be decoded: {', '.join(empty)}; fill their folders, or leave them out of data.classes")
+    if not table.row_count and not empty:
         print("nothing to clean was found")
     print(f"the page              {page}")
     print(f"numbers               {folder / 'analysis.json'}, by image {folder / 'images.csv'}")

@@ -396,6 +396,30 @@ def test_no_image_left(flowers):
         file.write_bytes(b"")
     with pytest.raises(AntherError, match="no image of"):
         table(flowers, on_corrupt="skip")
+    for file in flowers.glob("*/*.*"):
+        file.write_bytes(b"")
+    for kind in (FolderImages, PlainFolder):  # PlainFolder has no data.classes
+        with pytest.raises(
+            AntherError, match=r"none of the 12 image files .*/0\.PNG \(.+\): replace them or correct data.p"
+        ):
+            kind(path=str(flowers), batch_size=2, seed=0, size=8, on_corrupt="skip").load()
+
+
+def test_classes_without_an_image_where_they_are_looked_for(flowers):
+    module = make(flowers, on_corrupt="skip")
+    module.needs_every_class = False
+    for file in (flowers / "daisy").iterdir():
+        file.write_bytes(b"")
+    for file in (flowers / "iris").iterdir():
+        file.unlink()
+    found = module.load()
+    assert found.class_names == ("daisy", "iris", "roses")
+    assert found.labels.tolist() == [2] * 4
+    assert len(found.unreadable) == 4
+    for file in flowers.glob("*/*.*"):
+        file.unlink()
+    with pytest.raises(AntherError, match=r"no class folder in .*flowers holds images"):
+        module.load()
 
 
 @pytest.mark.parametrize(

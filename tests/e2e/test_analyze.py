@@ -116,6 +116,19 @@ def test_a_folder_with_one_of_each_fault(call: Call, faulty: Path, tmp_path: Pat
     assert not [f for f in read_exclusions(again / "findings.csv") if f.reason in {e.reason for e in listed}]
 
 
+def test_classes_without_an_image_are_named(call: Call, faulty: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (faulty / "broken").mkdir()
+    (faulty / "broken" / "a.png").write_bytes(b"no picture")
+    (faulty / "empty").mkdir()
+    folder = call("analyze.py", "data=class_folders", f"data.path={faulty}", "data.size=32")
+    assert json.loads((folder / "analysis.json").read_text())["empty_classes"] == ["broken", "empty"]
+    assert {"broken/a.png", "iris/cut.jpg"} == {
+        finding.name for finding in read_exclusions(folder / "exclude.csv") if finding.reason == "unreadable"
+    }
+    assert "no image to be decoded: broken, empty; fill" in capfd.readouterr().out
+    assert "that can be decoded: broken, empty." in (folder / "report.html").read_text()
+
+
 def test_the_attributes_of_celeba(call: Call, tmp_path: Path) -> None:
     files = write_files(tmp_path)
     folder = call("analyze.py", "data=celeba", f"data.path={files}", "data.size=16", "data.batch_size=2")

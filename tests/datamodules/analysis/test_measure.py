@@ -93,6 +93,7 @@ def test_summary_of_a_table(table):
     summary = summarise(measure_all(table, splits), table)
     json.dumps(summary, allow_nan=False)
     assert summary["images"] == {"train": 7, "val": 2}
+    assert summary["empty_classes"] == ["absent"]
     assert summary["labels"] == {"train": {"a": 5, "b": 2, "absent": 0}, "val": {"a": 1, "b": 1, "absent": 0}}
     known = table.attributes.numpy()
     assert summary["attributes"]["train"] == pytest.approx({"one": known[2:9, 0].mean(), "two": known[2:9, 1].mean()})
