@@ -114,7 +114,8 @@ def open_rgb(path: Path) -> "Image.Image":
         if _deep(image):
             return _eight_bits(upright, _bits(image)).convert("RGB")
         if not upright.has_transparency_data:
-            return upright.convert("RGB")
+            # A copy already, of what may be tens of megapixels.
+            return upright if upright.mode == "RGB" else upright.convert("RGB")
         rgba = upright.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 

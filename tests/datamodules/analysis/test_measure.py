@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -7,13 +8,15 @@ from PIL import Image
 from scipy.stats import entropy
 from skimage.filters import sobel
 
-from datamodules.analysis.measure import measure, measure_all, statistics, summarise
+from datamodules.analysis.measure import BAND, PIXELS, _workers, measure, measure_all, statistics, summarise
 from datamodules.base import ImageTable
 
 RNG = np.random.default_rng(0)
 PICTURES = {
     "noise": RNG.integers(0, 256, (20, 30, 3), np.uint8),
     "flat": np.full((9, 9, 3), 77, np.uint8),
+    "bands": RNG.integers(0, 256, (2 * BAND + 7, 30, 3), np.uint8),
+    "row": RNG.integers(0, 256, (BAND + 1, 5, 3), np.uint8),  # the last band is one row
     "step": np.repeat(np.repeat(np.array([0] * 8 + [255] * 8, np.uint8)[None, :, None], 12, 0), 3, 2),
     "smooth": np.asarray(Image.fromarray(RNG.integers(0, 256, (4, 4, 3), np.uint8)).resize((48, 40))),
 }
@@ -46,6 +49,23 @@ def test_spread_says_whether_there_is_colour():
         berry = np.full((100, 100, 3), 20, np.uint8)
         berry.reshape(-1, 3)[: int(share * 10_000), 0] = 220
         assert measure(Image.fromarray(berry), 3)[0]["spread"] == spread
+
+
+def test_a_photo_is_measured_in_the_memory_that_is_stated():
+    image = Image.effect_noise((2000, 1500), 60).convert("RGB")
+    measure(image.resize((8, 8)), 3)  # imports
+    tracemalloc.start()
+    measure(image, 3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * image.width * image.height  # NumPy's part; Pillow holds the image itself and planes of it
+
+
+def test_as_many_at_once_as_memory_allows(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    assert _workers([10, 24_000_000, 5]) == PIXELS // 24_000_000 == 5
+    assert _workers([2 * PIXELS]) == 1
+    assert _workers([1024]) == 16
 
 
 def test_the_hash_is_that_of_imagehash():
