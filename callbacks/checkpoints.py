@@ -95,7 +95,11 @@ class LastCheckpoint(Checkpoint):
         self._stepped |= trainer.global_step > self._step_before
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forgets the epoch's means; an epoch of which a resumed run trained no batch gets them here."""
+        """Forgets the epoch's means; an epoch of which a resumed run trained no batch gets them here.
+
+        It is over like any other, too: a resumed run may have validated before it was interrupted.
+        """
+        _not_restarting(trainer)
         for name, sums in self._earlier.items():
             # In Lightning's own steps and precision, so that the result is the same to the bit.
             total, weight = trainer.strategy.reduce(sums.float().to(pl_module.device), reduce_op="mean")

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
-import lightning
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from diffusion.errors import AntherError
 from diffusion.modules.epoch_mean import epoch_mean
+from diffusion.modules.learning_rate import Scheduled
 from diffusion.networks.classifier import LeNet
 
 Loss = Literal["cross_entropy", "focal"]
@@ -32,7 +32,7 @@ def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
     return -((1 - log_p.exp()) ** gamma) * log_p
 
 
-class Classification(lightning.LightningModule):
+class Classification(Scheduled):
     """A classifier of the data module's images.
 
     Logs `train/loss`, `val/loss` and `val/accuracy`.
@@ -77,6 +77,7 @@ class Classification(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The resolved config travels with the weights."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["config"] = self.config
 
     def setup(self, stage: str) -> None:

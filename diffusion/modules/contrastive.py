@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -15,6 +14,7 @@ from diffusion.errors import AntherError
 from diffusion.files import atomic
 from diffusion.images import from_uint8
 from diffusion.modules.epoch_mean import epoch_mean
+from diffusion.modules.learning_rate import Scheduled
 
 # Images reach the model as they are in a batch, in [-1, 1].
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -44,7 +44,7 @@ def soft_contrastive_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tens
     return (by_image + by_text) / 2
 
 
-class Contrastive(lightning.LightningModule):
+class Contrastive(Scheduled):
     """A CLIP of `open_clip` trained from nothing on the pictures and captions of the data module.
 
     Logs `train/loss`, `val/loss` and `val/retrieval`: the share of validation images whose own caption is the nearest
@@ -97,6 +97,7 @@ class Contrastive(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The resolved config travels with the weights."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["config"] = self.config
 
     def setup(self, stage: str) -> None:

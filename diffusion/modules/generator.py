@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import lightning
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,13 +11,14 @@ from torch.optim import Optimizer
 from diffusion.conditioning.base import Conditioner
 from diffusion.errors import AntherError
 from diffusion.guidance import Guidance
+from diffusion.modules.learning_rate import Scheduled
 from diffusion.samplers import Hook, Sampler
 
 # First number of a generator's key, so that training and validation never share a stream.
 TRAINING, VALIDATION = 0, 1
 
 
-class Generator(lightning.LightningModule, ABC):
+class Generator(Scheduled, ABC):
     """A LightningModule that draws images by seed, and owns one network.
 
     Args:
@@ -143,6 +143,7 @@ class Generator(lightning.LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint says what it is: the resolved config travels with the weights."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["config"] = self.config
 
     def places(self, n: int, batch_idx: int) -> tuple[int, list[int]]:

@@ -1,3 +1,4 @@
+import functools
 import os
 import signal
 import subprocess
@@ -93,6 +94,53 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path, uninterrupted,
     log = CSVLog(whole_ema.folder / "metrics.csv")._read()
     assert [sorted(row) for row in log.values()].count(["epoch", "train/loss_step"]) == 12
     assert CSVLog(tmp_path / "metrics.csv")._read() == log
+
+
+VALIDATIONS = {
+    "every second epoch": {"check_val_every_n_epoch": 2},
+    "every six steps": {"val_check_interval": 6, "check_val_every_n_epoch": None},
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_with(tmp_path_factory):
+    """What the plateau scheduler did in whole runs, by when they validate."""
+
+    def whole(validations):
+        folder = tmp_path_factory.mktemp("whole")
+        return run(folder, LastCheckpoint(folder, every_n_steps=1, share=1.0), **VALIDATIONS[validations])
+
+    return functools.cache(whole)
+
+
+@pytest.mark.parametrize("validations", VALIDATIONS)
+@pytest.mark.parametrize(
+    ("hook", "nth"),
+    [
+        ("on_train_epoch_start", 3),
+        ("on_before_backward", 8),  # the last of its epoch
+        ("on_before_backward", 11),
+        ("on_train_batch_end", 12),  # the last of its epoch
+        ("on_train_epoch_end", 2),
+    ],
+)
+def test_a_plateau_that_is_not_validated_in_every_epoch_goes_on_exactly(
+    tmp_path, uninterrupted_with, hook, nth, validations
+):
+    m, _, trace, _ = uninterrupted_with(validations)
+    options = VALIDATIONS[validations]
+    with pytest.raises(RuntimeError, match="boom"):
+        run(tmp_path, LastCheckpoint(tmp_path, every_n_steps=1, share=1.0), Boom(hook, nth), **options)
+    n, _, resumed, _ = run(tmp_path, LastCheckpoint(tmp_path), ckpt=tmp_path / "last.ckpt", **options)
+    assert resumed.lr == trace.lr[-len(resumed.lr) :]
+    assert same(weights(n), weights(m))
+    assert "unseen_val_loss" not in torch.load(tmp_path / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize(("validations", "seen"), [({}, 4), ({"check_val_every_n_epoch": 2}, 2)])
+def test_a_plateau_sees_each_validation_once(tmp_path, validations, seen):
+    _, _, _, t = run(tmp_path, **validations)
+    assert t.lr_scheduler_configs[0].scheduler.last_epoch == seen
 
 
 def test_a_run_that_ends_within_an_epoch_goes_on_from_there(tmp_path):
