@@ -41,6 +41,23 @@ class BestCheckpoint(ModelCheckpoint):
         if self.monitor in trainer.callback_metrics:
             super().on_validation_end(trainer, pl_module)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Lets a run whose folder was moved know its best where it lies now; Lightning would forget how good it was."""
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state is None or Path(str(trainer.ckpt_path)).resolve().parent != Path(str(self.dirpath)):
+            return
+
+        before = Path(state["dirpath"])
+
+        def moved(path: str) -> str:
+            # The best may still lie with the run that this one began from.
+            return str(Path(str(self.dirpath), Path(path).name)) if Path(path).parent == before else path
+
+        for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[name] = moved(state[name])
+        state["best_k_models"] = {moved(path): score for path, score in state["best_k_models"].items()}
+        state["dirpath"] = self.dirpath
+
 
 class LastCheckpoint(Checkpoint):
     """Writes `last.ckpt` so that the same command goes on from it as if it had never stopped.

@@ -265,6 +265,28 @@ def test_best_by_a_measure_that_is_not_always_taken(tmp_path):
     assert torch.load(best.best_model_path, weights_only=True)["global_step"] == 8
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_moved_run_knows_its_best_checkpoint_and_another_run_does_not(tmp_path, own):
+    there, here = tmp_path / "there", tmp_path / "here"
+
+    def fit(folder, epochs, ckpt=None):
+        best = BestCheckpoint(dirpath=folder, filename="best{epoch}", monitor="val/clip_score", mode="max")
+        t = trainer(folder, LogEvery2(), best, LastCheckpoint(folder), max_epochs=epochs)
+        t.fit(module(), datamodule=Dots(), ckpt_path=ckpt, weights_only=True)
+        return best
+
+    fit(there, 2)
+    if own:
+        there.rename(here)
+    best = fit(here, 4, (here if own else there) / "last.ckpt")
+    epoch, score = (1, 0.9) if own else (3, 0.5)
+    assert sorted(path.name for path in here.glob("best*")) == [f"bestepoch={epoch}.ckpt"]
+    assert (best.best_model_path, best.best_model_score) == (
+        str(here / f"bestepoch={epoch}.ckpt"),
+        pytest.approx(score),
+    )
+
+
 def test_saving_takes_no_more_than_its_share_of_the_time(tmp_path):
     class Count(AtomicCheckpointIO):
         saves = 0
