@@ -14,13 +14,13 @@ JOB = "diffusion.training.train"
 
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent / "conf"), config_name="train")
-def main(cfg: DictConfig) -> float:
+def main(cfg: DictConfig) -> float | None:
     """Composes, trains, and returns the objective to a sweep."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     config = settings.read(cfg, settings.Train)
-    if (objective := cli.read_result(folder, config)) is not None:
-        return objective
-    return float(leader.run(JOB, config, folder))
+    record = cli.read_result(folder, config)
+    objective: float | None = leader.run(JOB, config, folder) if record is None else record["objective"]
+    return objective
 
 
 if __name__ == "__main__":

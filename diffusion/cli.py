@@ -181,8 +181,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def read_result(folder: Path, config: Mapping[str, Any]) -> float | None:
-    """The objective of a run that has nothing left to do, else None.
+def read_result(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `write_result` recorded of a run that has nothing left to do, else None.
 
     Args:
         folder: of the run.
@@ -197,7 +197,7 @@ def read_result(folder: Path, config: Mapping[str, Any]) -> float | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text())
+        record: dict[str, Any] = json.loads(path.read_text())
         steps, epochs, objective = record["steps"], record["epochs"], record["objective"]
     except (OSError, ValueError, KeyError) as error:
         raise AntherError(f"{path} is damaged: delete it to go on from the run's last checkpoint.") from error
@@ -208,15 +208,22 @@ def read_result(folder: Path, config: Mapping[str, Any]) -> float | None:
         return None
     if found := ranks.changed(folder, config):
         raise AntherError(f"{folder} is finished, with other settings: {found}; choose another hydra.run.dir.")
+    value = "null" if objective is None else f"{objective:.4g}"
     print(
-        f"{folder} is finished: {steps} steps, {epochs} epochs, {record['metric']} = {objective:.4g}. To train longer "
+        f"{folder} is finished: {steps} steps, {epochs} epochs, {record['metric']} = {value}. To train longer "
         "raise trainer.max_steps or trainer.max_epochs; to train anew choose another hydra.run.dir."
     )
-    return float(objective)
+    return record
 
 
 def write_result(
-    folder: Path, metric: str, objective: float, steps: int, epochs: int, parameters: int, seconds: float | None = None
+    folder: Path,
+    metric: str,
+    objective: float | None,
+    steps: int,
+    epochs: int,
+    parameters: int,
+    seconds: float | None = None,
 ) -> None:
     """Records that a run is finished, the numbers in its network, and how long the command that ended it trained."""
     counts = {"steps": steps, "epochs": epochs, "parameters": parameters}

@@ -26,7 +26,7 @@ from diffusion.modules.learning_rate import retune
 from diffusion.rng import check_seed
 
 
-def train(config: dict[str, Any], folder: Path) -> float:
+def train(config: dict[str, Any], folder: Path) -> float | None:
     """Trains what the config describes, going on from the folder's last checkpoint if there is one.
 
     Args:
@@ -34,7 +34,7 @@ def train(config: dict[str, Any], folder: Path) -> float:
         folder: of the run.
 
     Returns:
-        The metric named `objective`, at the end.
+        The metric named `objective`, of the weights at the end; None where it needs a validation and there is none.
 
     Raises:
         AntherError: any fault that the user can mend.
@@ -190,9 +190,12 @@ def _same_data(
     )
 
 
-def _objective(trainer: lightning.Trainer, module: Any, datamodule: Any, metric: str) -> float:
+def _objective(trainer: lightning.Trainer, module: Any, datamodule: Any, metric: str) -> float | None:
     metrics: dict[str, Any] = dict(trainer.callback_metrics)
-    if metric not in metrics or getattr(module, "validated_at", trainer.global_step) != trainer.global_step:
+    if not trainer.limit_val_batches:
+        if metric.startswith("val/"):
+            return None
+    elif metric not in metrics or getattr(module, "validated_at", trainer.global_step) != trainer.global_step:
         # The run ended between two validations, and what stands there belongs to earlier weights; or an earlier process
         # took the last one, logged it, and was killed before it said so.
         loggers = trainer.loggers
@@ -232,8 +235,11 @@ def _announce(
 
 
 @rank_zero_only
-def _farewell(config: Mapping[str, Any], module: Any, objective: float, folder: Path) -> None:
-    print(f"{config['objective']} = {objective:.4g}")
+def _farewell(config: Mapping[str, Any], module: Any, objective: float | None, folder: Path) -> None:
+    if objective is None:
+        print(f"{config['objective']} = null, as trainer.limit_val_batches=0 leaves out the validation")
+    else:
+        print(f"{config['objective']} = {objective:.4g}")
     print(f"everything       {folder}")
     for name in ("samples", "reconstructions", "checkpoints", "logs", "plots", "profile"):
         if (folder / name).exists():

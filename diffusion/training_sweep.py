@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -51,7 +52,8 @@ def trained(run: Path) -> Mapping[str, Result]:
     """
     try:
         record = json.loads((run / RESULT).read_text("utf-8"))
-        found = {str(record["metric"]): Result(float(record["objective"]), _better(str(record["metric"])))}
+        name, value = str(record["metric"]), record["objective"]  # null where the run did not validate
+        found = {name: Result(None if value is None else float(value), _better(name))}
         seconds = record.get(SECONDS)  # runs of older versions did not say
         return found | {SECONDS: Result(None if seconds is None else float(seconds))}
     except FileNotFoundError as error:
@@ -136,7 +138,7 @@ def draw(sweep: Sweep, path: Path) -> None:
 
 def _objectives(axes: "Axes", sweep: Sweep) -> None:
     names = [_objective(job)[0] for job in sweep.jobs]
-    values = [_objective(job)[1].value or 0.0 for job in sweep.jobs]
+    values = [math.nan if (value := _objective(job)[1].value) is None else value for job in sweep.jobs]
     places = [_setting(sweep, job) for job in sweep.jobs]
     if len(sweep.keys) == 1 and all(isinstance(place, float) for place in places):
         numbers = [place for place in places if isinstance(place, float)]

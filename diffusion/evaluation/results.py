@@ -134,7 +134,7 @@ def _training(run: Path, damaged: list[str]) -> dict[str, Any] | None:
         return row
     try:
         result = json.loads(record.read_text("utf-8"))
-        if result["metric"] == "val/loss":
+        if result["metric"] == "val/loss" and result["objective"] is not None:
             row.setdefault("val_loss_last", float(result["objective"]))
         if "parameters" in result:
             row["parameters"] = int(result["parameters"])

@@ -30,8 +30,8 @@ from diffusion.ranks import leader
 def main(cfg):
     folder = Path(HydraConfig.get().runtime.output_dir)
     config = OmegaConf.to_container(cfg, resolve=True)
-    if (objective := cli.read_result(folder, config)) is not None:
-        return objective
+    if (record := cli.read_result(folder, config)) is not None:
+        return record["objective"]
     return leader.run("jobs.job", config, folder)
 
 if __name__ == "__main__":

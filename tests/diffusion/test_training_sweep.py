@@ -67,6 +67,17 @@ def test_a_job_that_failed_has_not_the_objective_of_the_one_before(tmp_path, cap
     assert "missing: optimizer.lr = 1e-4: it is a job with other settings." in capsys.readouterr().out
 
 
+def test_jobs_without_a_validation_have_no_objective(tmp_path, capsys):
+    rates(tmp_path)
+    for name in "013":
+        record = json.loads((tmp_path / name / "result.json").read_text())
+        (tmp_path / name / "result.json").write_text(json.dumps(record | {"objective": None}))
+    report(tmp_path, [])
+    table = rows(tmp_path / "sweep.csv")
+    assert [(row["val/loss"], row["seconds"]) for row in table[:3]] == [("", "11.0"), ("", "13.0"), ("", "10.0")]
+    assert "best" not in capsys.readouterr().out
+
+
 def test_points_and_curves_stand_where_their_jobs_are(tmp_path, monkeypatch):
     rates(tmp_path)
     (tmp_path / "3" / "logs" / "metrics.csv").write_bytes(b"\xff\xfe")  # a damaged log leaves its curve out

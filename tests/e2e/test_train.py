@@ -207,6 +207,20 @@ def test_a_folder_goes_on_with_what_it_trains_and_with_other_limits(
     assert checkpoint.read(last)["global_step"] == 4
 
 
+def test_a_run_without_a_validation_ends_without_an_objective(
+    call: Call, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = [*TINY, "callbacks=default", "callbacks.samples=null", "trainer.max_steps=2", "trainer.limit_val_batches=0"]
+    folder = call("train.py", *words)
+    assert "val/loss = null, as trainer.limit_val_batches=0 leaves out the validation" in capfd.readouterr().out
+    record = json.loads((folder / "result.json").read_text())
+    assert (record["metric"], record["objective"], record["steps"]) == ("val/loss", None, 2)
+    call("train.py", *words)
+    assert "is finished: 2 steps, 1 epochs, val/loss = null. " in capfd.readouterr().out
+    other = call("train.py", *words, "objective=train/loss_step", folder=tmp_path / "other")
+    assert json.loads((other / "result.json").read_text())["objective"] > 0
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_command(command: Run, tmp_path: Path) -> None:
     overrides = [*TINY, "trainer.max_steps=24", "callbacks.last.every_n_steps=1", "callbacks.last.share=1.0"]

@@ -147,6 +147,14 @@ def test_a_run_without_a_log_has_its_objective(tmp_path):
     assert row == {"experiment": "flowers", "val_loss_last": 0.0888, "parameters": 34122243, "run": "one"}
 
 
+def test_a_run_without_a_validation_has_no_objective(tmp_path):
+    checkpoint = training(tmp_path / "one")
+    shutil.rmtree(tmp_path / "one" / "logs")
+    cli.write_result(checkpoint.parents[1], "val/loss", None, 30, 3, 34122243, 60.0)
+    (row,) = collect(tmp_path).rows
+    assert row == {"experiment": "flowers", "parameters": 34122243, "run": "one"}
+
+
 def test_runs_of_other_commands_are_no_rows(tmp_path):
     (tmp_path / "samples" / ".hydra").mkdir(parents=True)
     (tmp_path / "samples" / ".hydra" / "config.yaml").write_text("name: samples\n")
