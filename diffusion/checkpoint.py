@@ -196,7 +196,7 @@ def load_model(path: Path | str, config: Mapping[str, Any] | None = None) -> Gen
         return module
     state = _content(path)
     if _is_ours(state):
-        raise AntherError(f"{path} has its own config, and the model inside may not be overridden: leave config out.")
+        raise AntherError(f"{path} has its own config, and the model inside may not be overridden: leave model= out.")
     module = _generator(config, path)
     network = module.trained
     if isinstance(network, UNet):

@@ -4,6 +4,7 @@ import errno
 import json
 import locale
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from diffusion.errors import AntherError, Stopped
 from diffusion.files import atomic
 from diffusion.threads import wait_passively
 
+CONF = Path(__file__).parents[1] / "conf"
 RESULT = "result.json"
 SECONDS = "seconds"
 
@@ -129,6 +131,8 @@ def _sentence(error: BaseException) -> str | None:
             return f"{str(cause.missing_cfg_file).replace('/', '=')} is not supported: {ranks.UNSUPPORTED}."
         if isinstance(cause, HydraException | OmegaConfBaseException):
             return _of_hydra(cause)
+        if str(cause).startswith("Config group override must be"):  # a ValueError, which does not say of which one
+            return _of_group(next(filter(None, map(_nameless, sys.argv[1:])), None))
         if ranks.is_lost(cause):
             return "another process of this run has ended: its own output says why."
         if type(cause).__module__.startswith("submitit."):
@@ -153,6 +157,8 @@ def _of_hydra(error: Exception) -> str:
         return (
             f"cannot read {error.override!r} ({text}): write KEY=VALUE, and quote it as in 'prompts=[a rose, a lily]'."
         )
+    if (found := re.match("Could not override '(.+?)'. No match", text)) is not None:
+        return _of_group(found[1])
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         return f"there is no {group}/{name}{closest(name, error.options)}: choose {', '.join(error.options)}."
@@ -171,6 +177,34 @@ def _of_hydra(error: Exception) -> str:
         )
     where = getattr(error, "full_key", None)
     return f"{where}: {text}" if where else text
+
+
+def _nameless(word: str) -> str | None:
+    """The group that a word of the command line sets to null, a number or the like."""
+    import yaml
+
+    key, _, value = word.partition("=")
+    return key if (CONF / key).is_dir() and not isinstance(yaml.safe_load(value), str | list | dict) else None
+
+
+def _of_group(key: str | None) -> str:
+    """What to give in place of a group that there is not, or that was set to no name; None where nobody knows which."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import DictConfig
+
+    command = Path(sys.argv[0]).stem
+    if key is None or not (CONF / f"{command}.yaml").exists():
+        return f"{key or 'a group'} cannot be set like this, but by one of the names that --help lists."
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(command, return_hydra_config=True)
+    groups = sorted(group for group in config.hydra.runtime.choices if not group.startswith("hydra"))
+    if key in groups:
+        names = ", ".join(sorted(path.stem for path in (CONF / key).glob("*.yaml")))
+        return f"{key} is chosen by a name: give {key}= one of {names}, or leave it out."
+    if isinstance(parts := config.get(key), DictConfig):
+        parts_of = " or ".join(f"{key}.{part}=…" for part in map(str, parts))
+        return f"{key} is no group of {command}.py and cannot be set as a whole: set {parts_of}, or leave it out."
+    return f"{key} is no group of {command}.py: leave it out, or choose from {', '.join(groups)}."
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -182,17 +182,27 @@ def load_clip(
     return ClipModel(source, network, tokenizer, token_ids, torch.device(device), setting)
 
 
-def clip_config(model: str, pretrained: str) -> dict[str, Any]:
+def clip_config(model: str, pretrained: str, setting: str = "conditioner") -> dict[str, Any]:
     """open_clip's configuration of a model (`embed_dim`, `vision_cfg`, `text_cfg`), read without its weights.
 
+    Args:
+        model: see `load_clip`, as the others.
+        pretrained: tells the project's own models from open_clip's.
+        setting: for messages.
+
     Raises:
-        AntherError: the name is unknown.
+        AntherError: the name is unknown, or that of a model of the project with weights from elsewhere.
     """
     from open_clip import get_model_config, list_models
 
     own = _own_file(model, pretrained)
     if own is not None:
         return dict(_own_metadata(own)["model_cfg"])
+    if model in EMBEDDED:
+        raise AntherError(
+            f"the CLIP {model} is part of the project and has no weights {pretrained!r}: set "
+            f"{setting}.pretrained=embedded."
+        )
     # Names with a scheme (hf-hub:...) would ask the network.
     config = None if ":" in model else get_model_config(model)
     if config is None:
@@ -212,14 +222,14 @@ def find_clip(model: str, pretrained: str, setting: str = "conditioner") -> Clip
     from open_clip.pretrained import get_pretrained_cfg
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
-    config = clip_config(model, pretrained)
+    config = clip_config(model, pretrained, setting)
     own = _own_file(model, pretrained)
     preprocess = asdict(PreprocessCfg(size=config["vision_cfg"]["image_size"]))
     if own is not None:
         metadata = _own_metadata(own)
         if metadata["name"] != model:
             raise AntherError(
-                f"{own} holds the CLIP {metadata['name']!r}, not {model!r}; set model={metadata['name']}."
+                f"{own} holds the CLIP {metadata['name']!r}, not {model!r}; set {setting}.model={metadata['name']}."
             )
         preprocess = merge_preprocess_dict(preprocess, metadata["preprocess"])
         return ClipSource(f"{model}/{Path(pretrained).name}", model, own, config, _plain(preprocess), own=True)
@@ -237,7 +247,7 @@ def find_clip(model: str, pretrained: str, setting: str = "conditioner") -> Clip
     if tag.get("quick_gelu") or _openai_archive(path):
         config["quick_gelu"] = True
     elif "openai" in str(path).lower() and not config.get("quick_gelu"):
-        log.warning("%s looks like OpenAI's weights: those need model=%s-quickgelu", path, model)
+        log.warning("%s looks like OpenAI's weights: those need %s.model=%s-quickgelu", path, setting, model)
     name = f"{model}/{pretrained if tag else path.name}"
     return ClipSource(name, model, path, config, _plain(preprocess), own=False)
 

@@ -87,7 +87,8 @@ def check_number(generated: int, real: int, few_images: FewImages = "refuse", mi
     if min(generated, real) < minimum and few_images == "refuse":
         raise AntherError(
             f"{generated} generated and {real} real images are too few for FID, which below {minimum} measures their "
-            "number rather than their quality; give more images, or allow it by name with few_images=allow."
+            "number rather than their quality; give more images, or allow it by name in evaluate.py with "
+            "inception.few_images=allow."
         )
 
 

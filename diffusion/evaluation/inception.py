@@ -161,8 +161,8 @@ class Extractor:
         if images.shape[1] == 1 and self.one_channel == "refuse":
             raise AntherError(
                 "Inception has seen colour photographs only, and these images have one channel: scores of grey images "
-                'do not compare with any others; allow them by name with one_channel="repeat", or take the features '
-                "of a classifier of such images."
+                "do not compare with any others; allow them by name in evaluate.py with inception.one_channel=repeat, "
+                "or take the features of a classifier of such images."
             )
 
 

@@ -175,7 +175,7 @@ def test_what_does_not_belong_together_is_refused(
     generated_images, generated, drawn_reference, extractor, full_weights
 ):
     images = to_uint8(generated_images)
-    with pytest.raises(AntherError, match=r"36 generated and 40 real images are too few.*few_images=allow"):
+    with pytest.raises(AntherError, match=r"36 generated and 40 real images are too few.*inception.few_images=allow"):
         distribution_metrics(generated, drawn_reference, images, extractor, {})
     other = load_extractor(full_weights, one_channel="repeat")
     with pytest.raises(AntherError, match="one_channel refuse against repeat"):
