@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from diffusion.build import build, closest, construct
 from diffusion.checkpoint import load_guidance
 from diffusion.curation import publish
@@ -49,6 +51,7 @@ def evaluate(config: Mapping[str, Any], folder: Path) -> float | None:
     """
     _check_installed(config)
     _check_app(config, folder)
+    _check_repository(config, folder)
     fabric = make_fabric(config["trainer"])
     fabric.launch()
     subject = load_subject(config["ckpt"], config["model"])
@@ -204,6 +207,22 @@ def _check_app(config: Mapping[str, Any], folder: Path) -> None:
         )
 
 
+def _check_repository(config: Mapping[str, Any], folder: Path) -> None:
+    sweep, repo_id = config["sweep_dir"], config["publish"]["repo_id"]
+    if sweep is not None and repo_id is not None and _is_of_all_jobs(repo_id, Path(sweep)):
+        raise AntherError(
+            f"publish.repo_id={repo_id} is that of all jobs of the sweep, of which the last one's files alone would "
+            f"stay there: leave it out, and publish one job afterwards with `{_sending(config, folder)}`."
+        )
+
+
+def _is_of_all_jobs(repo_id: str, sweep: Path) -> bool:
+    # Hydra's sweeper leaves what it began with, before anything was swept. A search leaves nothing, and has no
+    # repository for each of its trials.
+    begun = sweep / "multirun.yaml"
+    return not begun.exists() or yaml.safe_load(begun.read_text("utf-8"))["publish"]["repo_id"] == repo_id
+
+
 def _needs_data(config: Mapping[str, Any], subject: Subject) -> bool:
     by_class = config["prompts"] == "classes" and subject.model.conditioner is not None
     return by_class or any(config[name] is not None for name in ("reconstruct", "inception", "nearest", "classifier"))
@@ -350,16 +369,20 @@ def _publish(config: Mapping[str, Any], folder: Path) -> None:
     settings = config["publish"]
     if settings["repo_id"] is None:
         return
-    asked = [word for word in config["overrides"] if not word.startswith("publish.dry_run")]
-    words = ["python", "evaluate.py", *asked, f"hydra.run.dir={folder}", "publish.dry_run=false"]
     publish.publish(
         folder,
         settings["repo_id"],
         dry_run=settings["dry_run"],
         private=settings["private"],
         licence=settings["licence"],
-        command=shlex.join(words),
+        command=_sending(config, folder),
     )
+
+
+def _sending(config: Mapping[str, Any], folder: Path) -> str:
+    """The command that sends a run."""
+    asked = [word for word in config["overrides"] if not word.startswith("publish.dry_run")]
+    return shlex.join(["python", "evaluate.py", *asked, f"hydra.run.dir={folder}", "publish.dry_run=false"])
 
 
 def _announce(subject: Subject, plan: Plan, scorers: Scorers, folder: Path) -> None:

@@ -401,6 +401,24 @@ def test_a_sweep_does_not_wait_in_the_app(job_failures: Callable[..., list[str |
         assert f"`python -m diffusion.curation.gather {sweep} --name NAME`" in why
 
 
+@pytest.mark.parametrize(
+    "swept", [["guidance.weight=0,2"], ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "guidance.weight=0,2"]]
+)
+def test_a_sweep_does_not_send_all_jobs_to_one_repository(
+    swept: list[str], job_failures: Callable[..., list[str | None]], tmp_path: Path
+) -> None:
+    for k, why in enumerate(job_failures(*swept, "publish.repo_id=me/flowers")):
+        assert why is not None
+        assert why.startswith("publish.repo_id=me/flowers is that of all jobs of the sweep")
+        assert re.search(rf"`python evaluate.py .* hydra.run.dir={tmp_path / 'sweep' / str(k)} publish.*`\.$", why)
+
+
+@pytest.mark.parametrize("repo", ["me/a,me/b", "me/flowers-${guidance.weight}"])
+def test_a_sweep_may_have_a_repository_for_each_job(repo: str, job_failures: Callable[..., list[str | None]]) -> None:
+    weights = "guidance.weight=2" if "," in repo else "guidance.weight=0,2"
+    assert job_failures(weights, f"publish.repo_id={repo}") == ["no database."] * 2
+
+
 def test_guidance_is_part_of_the_record(trained: Path, evaluated: Path, call: Call, tmp_path: Path) -> None:
     how = ["guidance.interval=[0.2,4]", "guidance.rescale=0.5", f"guidance.bad={trained}", "sampler=dpmpp_sde"]
     quick = [*QUICK, "nearest=null", "embedding=null", "num_images=2", "sampler.steps=2"]
