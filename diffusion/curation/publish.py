@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusion.curation import card, records
 from diffusion.curation.export import DATASET, IMAGEFOLDER
+from diffusion.differences import differences
 from diffusion.errors import AntherError
 from diffusion.evaluation.report import document, public, read_metrics
 from diffusion.files import atomic
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, CommitOperationAdd
 
 PUBLISHED = "published.json"
+METRICS = "metrics.json"
 
 LARGE_BYTES = 10**9
 LARGE_FILES = 5_000
@@ -153,7 +156,7 @@ def contents(folder: Path, repo_id: str, title: str, licence: str) -> Iterator[I
     yield Item("README.md", readme.encode())
     yield Item(card.PREVIEW, picture.getvalue())
     run, results = read_metrics(folder)
-    yield Item("metrics.json", document(public(run), results).encode())
+    yield Item(METRICS, document(public(run), results).encode())
     for name in BESIDE:
         if (folder / name).is_file():
             yield Item(name, folder / name)
@@ -236,6 +239,8 @@ class _Sender:
                 f"{self.url} holds {len(foreign)} files in test/ that this run does not have (first: {foreign[0]}), so "
                 "nothing was sent: choose another publish.repo_id or delete them on the hub."
             )
+        if METRICS in there:
+            self._name_other_run(next(item.content for item in items if item.path == METRICS))
         large = total > LARGE_BYTES or len(items) > LARGE_FILES
         step = FILES_PER_COMMIT if large else len(items)
         batches = [items[k : k + step] for k in range(0, len(items), step)]
@@ -253,6 +258,15 @@ class _Sender:
             self.sent = f"{done:,} of {len(items):,} files are committed"
             print(self.sent, flush=True)
         return commit.oid, bool(info.private)
+
+    def _name_other_run(self, ours: Path | bytes) -> None:
+        """Says in what the run that lies in the repository differs from the one that comes in its place, if it does."""
+        with tempfile.TemporaryDirectory() as folder:
+            fetch = partial(self.api.hf_hub_download, self.repo_id, METRICS, repo_type="dataset", local_dir=folder)
+            theirs = Path(self._try(f"look at the repository's {METRICS}", fetch)).read_bytes()
+        assert isinstance(ours, bytes)
+        if found := differences(_settings(theirs), _settings(ours)):
+            print(f"{self.url} holds another run, which this one replaces: {found}.", flush=True)
 
     def _commit(self, repo: dict[str, Any], batch: list[Item], message: str) -> "CommitInfo":
         # New operations for every attempt: the client asks the hub again what is there, so that a commit whose answer
@@ -342,6 +356,15 @@ class _Fault:
         # Of the libraries below the client; Xet's are RuntimeErrors.
         below = type(last).__module__.startswith(("httpx", "httpcore", "hf_xet"))
         return _Fault(reason, passes=True) if below or isinstance(last, OSError | RuntimeError) else None
+
+
+def _settings(metrics: bytes) -> dict[str, Any]:
+    """What a `metrics.json` says of its run but when and where it was made; nothing if it is not one of ours."""
+    try:
+        run = dict(json.loads(metrics)["run"])
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return {key: value for key, value in run.items() if key not in ("made", "seconds", "versions")}
 
 
 def _retry_after(headers: Any) -> float | None:

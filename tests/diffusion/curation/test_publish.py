@@ -214,6 +214,25 @@ def test_foreign_files_are_not_mixed_with_ours(run, hub):
     assert len(hub.repos[REPO].commits) == 3
 
 
+def test_another_run_in_the_repository_is_named_before_it_is_replaced(run, hub, capsys):
+    path, repo = run / "metrics.json", f"{hub.url}/datasets/{REPO}"
+    document = json.loads(path.read_text())
+    for made in ("yesterday", "today"):
+        document["run"]["made"] = made
+        path.write_text(json.dumps(document))
+        send(run, hub)
+    assert "another run" not in capsys.readouterr().out
+    document["run"]["guidance_weight"] = 7.5
+    path.write_text(json.dumps(document))
+    send(run, hub)
+    text = capsys.readouterr().out
+    said = f"{repo} holds another run, which this one replaces: guidance_weight = 3.0 there and 7.5 here.\n"
+    assert text.index(said) < text.index("one commit")
+    hub.repos[REPO].commit("by hand", hub.repos[REPO].files() | {"metrics.json": b"[1]"})
+    send(run, hub)
+    assert f"{repo} holds another run" in capsys.readouterr().out
+
+
 STEPS = {
     "create": "POST /api/repos/create",
     "info": rf"GET /api/datasets/{REPO}$",
