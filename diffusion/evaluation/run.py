@@ -380,9 +380,11 @@ def _publish(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def _sending(config: Mapping[str, Any], folder: Path) -> str:
-    """The command that sends a run."""
-    asked = [word for word in config["overrides"] if not word.startswith("publish.dry_run")]
-    return shlex.join(["python", "evaluate.py", *asked, f"hydra.run.dir={folder}", "publish.dry_run=false"])
+    """The command that sends a run and does nothing else again: no sweep, no App, no loggers."""
+    again = ("sweep=", "app=", "logger", "publish.repo_id=", "publish.dry_run=")
+    words = [word for word in config["overrides"] if not word.lstrip("+").startswith(again)]
+    words += [f"hydra.run.dir={folder}", f"publish.repo_id={config['publish']['repo_id']}", "publish.dry_run=false"]
+    return shlex.join(["python", "evaluate.py", *words])
 
 
 def _announce(subject: Subject, plan: Plan, scorers: Scorers, folder: Path) -> None:

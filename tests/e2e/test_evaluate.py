@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,7 @@ from diffusion.evaluation import clip_score, run, scoring, subject
 from diffusion.images import to_uint8
 from diffusion.samplers import DDIM
 from diffusion.sweeps import failure
+from tests.diffusion.curation.hub_server import running_hub
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = "prompts=[a red rose,two white daisies,a yellow sunflower]"
@@ -549,6 +551,36 @@ def test_the_whole_way_to_a_data_set_and_a_dry_run(trained: Path, command: Run, 
         assert metrics["fid_60"]["value"] > 0
         assert metrics["fid_60"]["protocol"]["reals"]
     assert list((folder / "logs" / "wandb").glob("offline-run-*"))
+
+
+@pytest.mark.slow
+def test_the_command_that_a_job_of_a_sweep_prints_sends_its_folder_alone(
+    trained: Path, command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, sweep = "hf_thisIsTheSecretOfTheTest", tmp_path / "sweep"
+    monkeypatch.setenv("FIFTYONE_DATABASE_DIR", str(tmp_path / "db"))
+    monkeypatch.setenv("FIFTYONE_CONFIG_PATH", str(tmp_path / "fiftyone.json"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    quick = [word for word in QUICK if word not in ("dataset=null", "num_images=8")]
+    words = [f"ckpt={trained}", *quick, "num_images=2", "nearest=null", "embedding=null", "logger=csv"]
+    words += ["publish.repo_id=me/w${guidance.weight}", "sweep=guidance", f"hydra.sweep.dir={sweep}"]
+    done = command("evaluate.py", *words)
+    assert done.returncode == 0, done.stderr
+    printed = [shlex.split(line.partition("To send it: ")[2]) for line in done.stdout.splitlines() if "To send" in line]
+    assert len(printed) == 3
+    _, script, *again = printed[1]
+    assert not [word for word in again if word.startswith(("sweep", "logger"))]
+    before = {path: path.stat().st_mtime_ns for path in sweep.rglob("*") if path.parent.name in ("images", "logs")}
+    assert before
+    with running_hub(token, "me") as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        done = command(script, *again)
+    assert done.returncode == 0, done.stderr
+    assert list(hub.repos) == ["me/w6.5"]
+    assert [path.parent.name for path in sweep.rglob("published.json")] == ["1"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def browse(*words: str) -> str:
