@@ -24,7 +24,7 @@ MAX_FILES = 5_000_000
 
 _FREE_BYTES = 256 * 2**20
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif"}
 
 
 def extract(archive: Path, target: Path) -> Path:

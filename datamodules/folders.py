@@ -5,6 +5,7 @@ import errno
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,6 +39,11 @@ from diffusion.files import sha256
 
 KINDS = ", ".join(sorted(IMAGE_SUFFIXES))
 ARCHIVES = (".zip", ".tgz", ".tar.gz", ".tar")
+_TEXTS = {".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md", ".html", ".pdf", ".log"}
+_ARRAYS = {".mat", ".npy", ".npz", ".parquet", ".pkl", ".pt", ".safetensors", ".zip", ".tar", ".tgz", ".gz"}
+_TOOLS = {".db", ".ini", ".xmp", ".aae", ".py", ".ipynb", ".sh"}
+# What lies beside images without anybody taking it for one.
+COMPANIONS = _TEXTS | _ARRAYS | _TOOLS
 
 
 class FolderImages(ImageDataModule):
@@ -135,11 +141,13 @@ class FolderImages(ImageDataModule):
         except (KeyError, IndexError, ValueError) as error:
             raise AntherError(f"data.captions={captions!r} may hold {{noun}} and {{a_noun}}, not {error}.") from error
         self._told: set[str] = set()
+        self._aside: Counter[str] = Counter()
 
     def load(self) -> ImageTable:
         """See `ImageDataModule`."""
         root = self.locate()
         files, labels, class_names = self.find(root)
+        self._aside = other_kinds([root / name for name in self.classes] if self.classes else [root])
         names = [file.relative_to(root).as_posix() for file in files]
         shape = (self.image_shape[0], self.short_side, self.short_side)
         with ThreadPoolExecutor() as pool:
@@ -264,6 +272,16 @@ class FolderImages(ImageDataModule):
         noun = self.nouns.get(class_name) or singular(class_name.replace("_", " "))
         article = "an" if noun[0].lower() in "aeiou" else "a"
         return self.captions.format(noun=noun, a_noun=f"{article} {noun}")
+
+    def describe(self) -> str:
+        """Also which files were taken for no images."""
+        if not self._aside:
+            return super().describe()
+        kinds = sorted(self._aside, key=lambda kind: (-self._aside[kind], kind))
+        shown = ", ".join(kinds[:5]) + (", …" if len(kinds) > 5 else "")
+        count = self._aside.total()
+        files = "1 file" if count == 1 else f"{count:,} files"
+        return f"{super().describe()}; {files} of other kinds left aside ({shown})"
 
     def _judge(self, corrupt: Mapping[Path, str]) -> None:
         if not corrupt:
@@ -391,6 +409,16 @@ def image_files(folder: Path, root: Path) -> list[Path]:
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         raise AntherError(f"the names of these image files are not UTF-8: {shown}{more}; rename them.")
     return files
+
+
+def other_kinds(folders: Sequence[Path]) -> Counter[str]:
+    """By suffix, how many files in these folders and below are no images, nor what usually lies beside images."""
+    found: Counter[str] = Counter()
+    for folder in folders:
+        for _, below, names in os.walk(folder):
+            below[:] = [name for name in below if not hidden(name)]
+            found.update(Path(name).suffix.lower() for name in names if not hidden(name))
+    return Counter({kind: n for kind, n in found.items() if kind and kind not in IMAGE_SUFFIXES | COMPANIONS})
 
 
 def _is_text(name: str) -> bool:

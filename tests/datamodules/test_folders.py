@@ -87,6 +87,40 @@ def test_table_of_a_folder(flowers):
     assert np.array_equal(np.asarray(original), np.asarray(Image.open(flowers / "daisy/0.PNG")))
 
 
+@pytest.mark.parametrize("suffix", [".jfif", ".ppm", ".jp2", ".avif", ".webp", ".tif"])
+def test_every_kind_of_file_is_decoded(flowers, suffix):
+    picture(50).save(flowers / "iris" / f"4{suffix}")
+    found = table(flowers)
+    assert len(found) == 13
+    assert abs(np.asarray(found.original(8)).mean() - np.asarray(picture(50)).mean()) < 5
+
+
+def test_files_of_other_kinds_are_counted(flowers):
+    for name in ("iris/a.HEIC", "iris/b.heic", "iris/deep/c.mov", "roses/d.heic", "roses/e.png "):
+        (flowers / name).parent.mkdir(exist_ok=True)
+        (flowers / name).write_bytes(b"x")
+    for name in (
+        "Thumbs.db",
+        ".DS_Store",
+        "a.txt",
+        "b.csv",
+        "c.json",
+        "README.md",
+        "d.npy",
+        "LICENSE",
+        ".cache/e.heic",
+    ):
+        (flowers / name).write_bytes(b"x")
+    for classes, end in (
+        (None, "roses); 5 files of other kinds left aside (.heic, .mov, .png )"),
+        (["daisy", "iris"], "iris); 3 files of other kinds left aside (.heic, .mov)"),
+        (["daisy"], "1 class (daisy)"),
+    ):
+        module = make(flowers, classes=classes)
+        module.setup()
+        assert module.describe().endswith(end)
+
+
 def test_classes_in_the_order_asked_for(flowers):
     t = table(flowers, classes=["roses", "daisy"], nouns={"roses": "red rose"}, captions="{noun}!")
     assert t.class_names == ("roses", "daisy")
