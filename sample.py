@@ -17,7 +17,9 @@ JOB = "diffusion.drawing.draw"
 def main(cfg: DictConfig) -> None:
     """Composes and draws."""
     config = settings.read(cfg, settings.Sample)
-    leader.run(JOB, config, Path(HydraConfig.get().runtime.output_dir))
+    hydra_job = HydraConfig.get()
+    config["overrides"] = list(hydra_job.overrides.task)
+    leader.run(JOB, config, Path(hydra_job.runtime.output_dir))
 
 
 if __name__ == "__main__":

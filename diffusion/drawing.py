@@ -26,7 +26,7 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
     """Draws what the config asks for into the folder and says where it is.
 
     Args:
-        config: that of conf/sample.yaml, resolved.
+        config: that of conf/sample.yaml, resolved, and with the `overrides` that it was composed with.
         folder: of the run.
 
     Raises:
@@ -50,6 +50,8 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
     model = load_model(config["ckpt"], None if described_by is None else described(described_by)).to(fabric.device)
     if config["gif"] and model.sampler is None:
         raise AntherError("this model draws in one call, and there is no way from noise to show: leave gif= out.")
+    if model.sampler is None and any(word.lstrip("+").startswith("sampler") for word in config["overrides"]):
+        raise AntherError("this model draws in one call and takes no sampler: leave sampler= out.")
     # sample.yaml always names a sampler, for all models; one that draws in one call has no use for it.
     node = None if model.sampler is None else config["sampler"]
     sampler: Sampler | None = None if node is None else build(node, "sampler")

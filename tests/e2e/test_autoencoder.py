@@ -53,6 +53,8 @@ def test_sample_draws_one_image_per_seed(vae: Path, call: Call, refused: Callabl
         assert np.abs(file - drawn[k]).max() <= 1
     assert json.loads((folder / "samples.json").read_text())["protocol"]["sampler"] is None
     assert "gif" in refused("sample.py", f"ckpt={vae}", "gif=true", folder=folder / "other")
+    for word in ("sampler=ddim", "sampler.steps=5"):
+        assert "leave sampler= out" in refused("sample.py", f"ckpt={vae}", word, folder=folder / "other")
     assert "leave them out" in refused("sample.py", f"ckpt={vae}", "prompts=[a red rose]", folder=folder / "other")
 
 
