@@ -4,18 +4,18 @@ from collections.abc import Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from callbacks.drawing import cells, draw
+from callbacks.measure import Measure
 from diffusion.errors import AntherError
 from diffusion.evaluation.clip_score import ClipScore
 from diffusion.modules.diffusion import Diffusion
 from diffusion.samplers import Sampler
 
 
-class GenerationClipScore(Callback):
+class GenerationClipScore(Measure):
     """Draws fixed prompts at fixed guidance weights every few epochs, with the averaged weights, and scores them.
 
     Logs `val/clip_score`, the mean over all images, and `val/clip_score_w2` and so on per weight: cosines in [-1, 1].
@@ -49,8 +49,9 @@ class GenerationClipScore(Callback):
     ) -> None:
         if not prompts or not weights:
             raise AntherError("callbacks.clip needs at least one prompt and one weight.")
+        super().__init__("val/clip_score", every_n_epochs)
         self.prompts, self.weights, self.per_prompt, self.seed = prompts, weights, per_prompt, seed
-        self.every_n_epochs, self.sampler, self.batch_size = every_n_epochs, sampler, batch_size
+        self.sampler, self.batch_size = sampler, batch_size
         self.scorer = ClipScore(model, pretrained, "callbacks.clip")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -66,20 +67,19 @@ class GenerationClipScore(Callback):
                 "epochs of this run, not models."
             )
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        if trainer.sanity_checking or (trainer.current_epoch + 1) % self.every_n_epochs:
-            return
-        assert isinstance(pl_module, Diffusion)
-        wanted = cells(pl_module, self.prompts, self.weights, self.per_prompt, self.seed)
+    def take(self, trainer: Trainer, module: LightningModule) -> None:
+        """Draws and scores this rank's share, and logs what all ranks found."""
+        assert isinstance(module, Diffusion)
+        wanted = cells(module, self.prompts, self.weights, self.per_prompt, self.seed)
         mine = range(trainer.global_rank, len(wanted), trainer.world_size)
         scores = torch.zeros(len(wanted), dtype=torch.float64)
         if part := [wanted[k] for k in mine]:
-            images = draw(pl_module, part, self.batch_size, self.sampler)
+            images = draw(module, part, self.batch_size, self.sampler)
             scores[list(mine)] = self.scorer.score(images, [str(cell.prompt) for cell in part]).double()
-        reduced = trainer.strategy.reduce(scores.to(pl_module.device), reduce_op="sum")
+        reduced = trainer.strategy.reduce(scores.to(module.device), reduce_op="sum")
         assert isinstance(reduced, Tensor)
         # cells are weight-major
         rows = reduced.float().view(len(self.weights), -1).mean(1)
-        pl_module.log("val/clip_score", rows.mean(), prog_bar=True)
+        module.log("val/clip_score", rows.mean(), prog_bar=True)
         for weight, row in zip(self.weights, rows, strict=True):
-            pl_module.log(f"val/clip_score_w{weight:g}", row)
+            module.log(f"val/clip_score_w{weight:g}", row)

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from callbacks.drawing import cells, draw
+from callbacks.measure import due
 from diffusion.errors import AntherError
 from diffusion.evaluation.embeddings import Captured, Form, capture, reduced, save_embeddings
 from diffusion.images import save_png
@@ -79,7 +80,7 @@ class BottleneckEmbeddings(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self.source != "val" or not self._due(trainer):
+        if self.source != "val" or not due(trainer, self.every_n_epochs):
             return
         assert isinstance(pl_module, Diffusion)
         x_0, index = batch["image"], batch["index"].tolist()
@@ -91,7 +92,7 @@ class BottleneckEmbeddings(Callback):
         self._rows |= dict(zip(index, reduced(captured.rows(len(x_0)), self.form).cpu(), strict=True))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        if not self._due(trainer):
+        if not due(trainer, self.every_n_epochs):
             return
         path = self.dirpath / f"step-{trainer.global_step:06d}.npz"
         if self.source == "val":
@@ -121,9 +122,6 @@ class BottleneckEmbeddings(Callback):
 
     def _capture(self, module: Diffusion) -> AbstractContextManager[Captured]:
         return capture(module.trained, self.layer or module.bottleneck)
-
-    def _due(self, trainer: Trainer) -> bool:
-        return not trainer.sanity_checking and (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
 
 def _gathered(own: Mapping[int, Tensor], module: LightningModule) -> tuple[list[int], Tensor]:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from callbacks.drawing import Cell, cells, draw
+from callbacks.measure import Measure
 from diffusion.evaluation.distribution import check_number
 from diffusion.evaluation.inception import Extractor, load_extractor
 from diffusion.evaluation.reals import read_reals
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _CHUNK = 1024  # real features in float64 at a time: 16 MB
 
 
-class GenerationFid(Callback):
+class GenerationFid(Measure):
     """Draws images every few epochs, with the averaged weights, and holds them against the real ones.
 
     Logs `val/fid_500`: torchmetrics' FID over the features of torch-fidelity's Inception. N is part of the name, since
@@ -58,8 +58,9 @@ class GenerationFid(Callback):
         batch_size: int = 64,
         weights: Path | str | None = None,
     ) -> None:
+        super().__init__(f"val/fid_{num_images}", every_n_epochs)
         self.num_images, self.prompts, self.split, self.seed = num_images, prompts, split, seed
-        self.every_n_epochs, self.sampler, self.batch_size = every_n_epochs, sampler, batch_size
+        self.sampler, self.batch_size = sampler, batch_size
         self.weights = weights
         self._extractor: Extractor | None = None
         self._metric: FrechetInceptionDistance | None = None
@@ -94,18 +95,17 @@ class GenerationFid(Callback):
             metric.update(torch.from_numpy(rows).to(metric.device), real=True)
         return metric
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        if trainer.sanity_checking or (trainer.current_epoch + 1) % self.every_n_epochs:
-            return
-        assert isinstance(pl_module, Generator)
+    def take(self, trainer: Trainer, module: LightningModule) -> None:
+        """Draws and scores this rank's share, and logs what all ranks found."""
+        assert isinstance(module, Generator)
         assert self._extractor is not None
         assert self._metric is not None
-        mine = self._cells(pl_module)[trainer.global_rank :: trainer.world_size]
+        mine = self._cells(module)[trainer.global_rank :: trainer.world_size]
         for k in range(0, len(mine), self.batch_size):
-            images = draw(pl_module, mine[k : k + self.batch_size], self.batch_size, self.sampler)
+            images = draw(module, mine[k : k + self.batch_size], self.batch_size, self.sampler)
             rows = np.asarray(self._extractor.part_features(to_uint8(images)).pool[:], np.float64)
             self._metric.update(torch.from_numpy(rows).to(self._metric.device), real=False)
-        pl_module.log(f"val/fid_{self.num_images}", self._metric.compute().float(), prog_bar=True)
+        module.log(self.name, self._metric.compute().float(), prog_bar=True)
         self._metric.reset()
 
     def _cells(self, module: Generator) -> list[Cell]:

@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.ema import averaged
+from callbacks.measure import due
 from datamodules.base import ImageDataModule
 from diffusion.errors import AntherError
 from diffusion.files import atomic
@@ -38,8 +39,7 @@ class ReconstructionGrid(Callback):
         self.images, self.columns, self.every_n_epochs, self.scale = images, columns, every_n_epochs, scale
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if due and not trainer.sanity_checking and trainer.is_global_zero:
+        if due(trainer, self.every_n_epochs) and trainer.is_global_zero:
             self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from callbacks.drawing import Cell, cells, draw
 from callbacks.ema import averaged
+from callbacks.measure import due
 from diffusion.conditioning.labels import Labels
 from diffusion.errors import AntherError
 from diffusion.files import atomic
@@ -76,8 +77,7 @@ class SampleGrid(Callback):
             pl_module.check_request([str(c.prompt) for c in wanted] if self.prompts else None, len(wanted))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if due and not trainer.sanity_checking and trainer.is_global_zero:
+        if due(trainer, self.every_n_epochs) and trainer.is_global_zero:
             self._draw(trainer, pl_module, animate=self.gif == "always")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
+from callbacks.measure import Measure
 from diffusion import checkpoint
 from diffusion.build import build
 from diffusion.cli import write_result
@@ -195,9 +196,10 @@ def _objective(trainer: lightning.Trainer, module: Any, datamodule: Any, metric:
     if not trainer.limit_val_batches:
         if metric.startswith("val/"):
             return None
-    elif metric not in metrics or getattr(module, "validated_at", trainer.global_step) != trainer.global_step:
-        # The run ended between two validations, and what stands there belongs to earlier weights; or an earlier process
-        # took the last one, logged it, and was killed before it said so.
+    elif metric not in metrics or not _of_the_end(trainer, module, metric):
+        # The run ended between two validations, or not with an epoch in which the metric is taken, and what stands
+        # there belongs to earlier weights; or an earlier process took the last one, logged it, and was killed before it
+        # said so.
         loggers = trainer.loggers
         if any(getattr(part, "validated_at", None) == trainer.global_step for part in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.loggers = []
@@ -207,6 +209,13 @@ def _objective(trainer: lightning.Trainer, module: Any, datamodule: Any, metric:
         known = ", ".join(sorted(metrics))
         raise AntherError(f"the objective {metric!r} was never logged; set objective to one of: {known}.")
     return float(metrics[metric])
+
+
+def _of_the_end(trainer: lightning.Trainer, module: Any, metric: str) -> bool:
+    """Whether this process took a metric of the weights that the run ends with."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    takers = [part for part in callbacks if isinstance(part, Measure) and part.gives(metric)]
+    return all(step == trainer.global_step for step in (module.validated_at, *(part.taken_at for part in takers)))
 
 
 @rank_zero_only

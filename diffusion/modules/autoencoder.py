@@ -145,7 +145,6 @@ class VariationalAutoencoder(Generator):
 
     def on_validation_epoch_end(self) -> None:
         """Measures the scale of the latents."""
-        super().on_validation_epoch_end()
         moments, self._moments = self._moments, None
         if moments is None:
             return

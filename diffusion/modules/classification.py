@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from diffusion.errors import AntherError
 from diffusion.modules.epoch_mean import epoch_mean
-from diffusion.modules.learning_rate import Scheduled
+from diffusion.modules.validated import Validated
 from diffusion.networks.classifier import LeNet
 
 Loss = Literal["cross_entropy", "focal"]
@@ -32,7 +32,7 @@ def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
     return -((1 - log_p.exp()) ** gamma) * log_p
 
 
-class Classification(Scheduled):
+class Classification(Validated):
     """A classifier of the data module's images.
 
     Logs `train/loss`, `val/loss` and `val/accuracy`.

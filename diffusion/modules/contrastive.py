@@ -14,7 +14,7 @@ from diffusion.errors import AntherError
 from diffusion.files import atomic
 from diffusion.images import from_uint8
 from diffusion.modules.epoch_mean import epoch_mean
-from diffusion.modules.learning_rate import Scheduled
+from diffusion.modules.validated import Validated
 
 # Images reach the model as they are in a batch, in [-1, 1].
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -44,7 +44,7 @@ def soft_contrastive_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tens
     return (by_image + by_text) / 2
 
 
-class Contrastive(Scheduled):
+class Contrastive(Validated):
     """A CLIP of `open_clip` trained from nothing on the pictures and captions of the data module.
 
     Logs `train/loss`, `val/loss` and `val/retrieval`: the share of validation images whose own caption is the nearest

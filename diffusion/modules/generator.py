@@ -11,14 +11,14 @@ from torch.optim import Optimizer
 from diffusion.conditioning.base import Conditioner
 from diffusion.errors import AntherError
 from diffusion.guidance import Guidance
-from diffusion.modules.learning_rate import Scheduled
+from diffusion.modules.validated import Validated
 from diffusion.samplers import Hook, Sampler
 
 # First number of a generator's key, so that training and validation never share a stream.
 TRAINING, VALIDATION = 0, 1
 
 
-class Generator(Scheduled, ABC):
+class Generator(Validated, ABC):
     """A LightningModule that draws images by seed, and owns one network.
 
     Args:
@@ -31,7 +31,6 @@ class Generator(Scheduled, ABC):
         sampler: draws unless another is given; None for a model that draws in one call.
         weight: guidance weight of `sample`; None for a model that is not guided.
         config: the resolved config of the run; the entry point sets it, checkpoints carry it.
-        validated_at: optimizer steps at the end of the last validation.
     """
 
     conditioner: Conditioner | None = None
@@ -47,7 +46,6 @@ class Generator(Scheduled, ABC):
         super().__init__()
         self.seed = seed
         self.config: dict[str, Any] = {}
-        self.validated_at = -1
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
 
@@ -136,10 +134,6 @@ class Generator(Scheduled, ABC):
             return optimizer
         total = int(self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer, total)}
-
-    def on_validation_epoch_end(self) -> None:
-        """Notes which weights the validation loss belongs to."""
-        self.validated_at = self.global_step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint says what it is: the resolved config travels with the weights."""

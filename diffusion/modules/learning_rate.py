@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import lightning
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
@@ -13,45 +12,6 @@ from diffusion.build import rebuild
 from diffusion.errors import AntherError
 
 MONITOR = "val/loss"
-UNSEEN = "unseen_val_loss"
-"""In a checkpoint: the loss of a validation within the running epoch, which no plateau scheduler has seen yet."""
-
-
-class Scheduled(lightning.LightningModule):
-    """A LightningModule whose plateau scheduler sees the loss of a validation once.
-
-    Lightning shows it the last value after every epoch, however old, and in a resumed process none: it would lose
-    patience over epochs that were not validated, and not the same after an interruption.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._unseen: float | None = None
-
-    def on_validation_end(self) -> None:
-        """Notes that there is something new to see."""
-        if not self.trainer.sanity_checking and MONITOR in self.trainer.callback_metrics:
-            self._unseen = float(self.trainer.callback_metrics[MONITOR])
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Leaves a plateau scheduler alone after an epoch without a validation."""
-        if isinstance(scheduler, ReduceLROnPlateau):
-            if self._unseen is None:
-                return
-            self._unseen = None
-        super().lr_scheduler_step(scheduler, metric)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: D102
-        if self._unseen is not None:
-            checkpoint[UNSEEN] = self._unseen
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: D102
-        self._unseen = checkpoint.get(UNSEEN)
-
-    def on_train_start(self) -> None:
-        """Puts the loss where Lightning looks for it: an earlier process took it in this epoch."""
-        if self._unseen is not None:
-            self.trainer.callback_metrics[MONITOR] = torch.tensor(self._unseen)
 
 
 def plateau(optimizer: Optimizer, total_steps: int, factor: float, patience: int, min_lr: float) -> dict[str, Any]:

@@ -221,6 +221,22 @@ def test_a_run_without_a_validation_ends_without_an_objective(
     assert json.loads((other / "result.json").read_text())["objective"] > 0
 
 
+@pytest.mark.parametrize("epochs", [3, 4])
+def test_the_objective_is_of_the_last_weights_whether_or_not_it_was_due(call: Call, epochs: int) -> None:
+    words = [*TINY, "data.n_train=16", "data.n_val=4", "trainer.max_steps=-1", f"trainer.max_epochs={epochs}"]
+    words += ["trainer.check_val_every_n_epoch=1", "callbacks.clip.every_n_epochs=2", "callbacks.samples.gif=never"]
+    words += ["callbacks.embeddings=null", "objective=val/clip_score", "callbacks.samples.weights=[1.0]"]
+    folder = call("train.py", *words)
+    objective = json.loads((folder / "result.json").read_text())["objective"]
+    logged = [float(row["val/clip_score"]) for row in rows(folder) if row["val/clip_score"]]
+    assert len(logged) == epochs // 2
+    assert (logged[-1] == pytest.approx(objective, abs=1e-6)) == (epochs == 4)
+    # As after a kill before it was written.
+    (folder / "result.json").unlink()
+    call("train.py", *words)
+    assert json.loads((folder / "result.json").read_text())["objective"] == objective
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_command(command: Run, tmp_path: Path) -> None:
     overrides = [*TINY, "trainer.max_steps=24", "callbacks.last.every_n_steps=1", "callbacks.last.share=1.0"]

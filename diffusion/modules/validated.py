@@ -1,0 +1,54 @@
+"""What the modules share: what they know of their validation."""
+
+from typing import Any
+
+import lightning
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from diffusion.modules.learning_rate import MONITOR
+
+UNSEEN = "unseen_val_loss"
+"""In a checkpoint: the loss of a validation within the running epoch, which no plateau scheduler has seen yet."""
+
+
+class Validated(lightning.LightningModule):
+    """A LightningModule that knows when it was validated, and whose plateau scheduler sees each loss once.
+
+    Lightning shows it the last value after every epoch, however old, and in a resumed process none: it would lose
+    patience over epochs that were not validated, and not the same after an interruption.
+
+    Attributes:
+        validated_at: optimizer steps at the end of the last validation in this process.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.validated_at = -1
+        self._unseen: float | None = None
+
+    def on_validation_end(self) -> None:
+        """Notes which weights the validation loss belongs to, and that there is something new to see."""
+        self.validated_at = self.global_step
+        if not self.trainer.sanity_checking and MONITOR in self.trainer.callback_metrics:
+            self._unseen = float(self.trainer.callback_metrics[MONITOR])
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Leaves a plateau scheduler alone after an epoch without a validation."""
+        if isinstance(scheduler, ReduceLROnPlateau):
+            if self._unseen is None:
+                return
+            self._unseen = None
+        super().lr_scheduler_step(scheduler, metric)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: D102
+        if self._unseen is not None:
+            checkpoint[UNSEEN] = self._unseen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: D102
+        self._unseen = checkpoint.get(UNSEEN)
+
+    def on_train_start(self) -> None:
+        """Puts the loss where Lightning looks for it: an earlier process took it in this epoch."""
+        if self._unseen is not None:
+            self.trainer.callback_metrics[MONITOR] = torch.tensor(self._unseen)
