@@ -11,10 +11,11 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from callbacks.counts import check_counts
 from callbacks.nan_guard import NonFiniteError
 from callbacks.stopping import StopSignals
 from diffusion.checkpoint import LAST, PREVIOUS
-from diffusion.errors import Stopped
+from diffusion.errors import AntherError, Stopped
 from diffusion.files import keep_as
 from diffusion.loggers import CSVLog
 
@@ -80,6 +81,9 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, dirpath: str | Path, every_n_steps: int = 500, share: float = 0.05) -> None:
+        check_counts("last", every_n_steps=every_n_steps)
+        if not 0 < share <= 1:
+            raise AntherError(f"callbacks.last.share = {share} is a share of the time: choose it in (0, 1].")
         self.last_path = Path(dirpath) / LAST
         self.every_n_steps = every_n_steps
         self.share = share

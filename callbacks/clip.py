@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from callbacks.counts import check_counts
 from callbacks.drawing import cells, draw
 from callbacks.measure import Measure
 from diffusion.errors import AntherError
@@ -49,6 +50,7 @@ class GenerationClipScore(Measure):
     ) -> None:
         if not prompts or not weights:
             raise AntherError("callbacks.clip needs at least one prompt and one weight.")
+        check_counts("clip", per_prompt=per_prompt, every_n_epochs=every_n_epochs, batch_size=batch_size)
         super().__init__("val/clip_score", every_n_epochs)
         self.prompts, self.weights, self.per_prompt, self.seed = prompts, weights, per_prompt, seed
         self.sampler, self.batch_size = sampler, batch_size

@@ -59,6 +59,20 @@ def cells(
     return [Cell(text, float(w), seed + j) for w, (j, text) in product(chosen, enumerate(texts))]
 
 
+def check_weights(part: str, weights: Sequence[float] | None) -> None:
+    """Finds out before the first step that nothing would be drawn.
+
+    Args:
+        part: name of the callback in the config.
+        weights: its guidance weights.
+
+    Raises:
+        AntherError: an empty list.
+    """
+    if weights is not None and not weights:
+        raise AntherError(f"callbacks.{part}.weights is empty: list a guidance weight, or null for the module's own.")
+
+
 def draw(
     module: Generator, wanted: Sequence[Cell], batch_size: int, sampler: Sampler | None = None, hook: Hook | None = None
 ) -> Tensor:

@@ -10,7 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from callbacks.drawing import cells, draw
+from callbacks.counts import check_counts
+from callbacks.drawing import cells, check_weights, draw
 from callbacks.measure import due
 from diffusion.errors import AntherError
 from diffusion.evaluation.embeddings import Captured, Form, capture, reduced, save_embeddings
@@ -58,6 +59,8 @@ class BottleneckEmbeddings(Callback):
     ) -> None:
         if source not in ("samples", "val"):
             raise AntherError(f"callbacks.embeddings.source is samples or val, not {source!r}.")
+        check_counts("embeddings", per_prompt=per_prompt, every_n_epochs=every_n_epochs, batch_size=batch_size)
+        check_weights("embeddings", weights)
         self.dirpath = Path(dirpath)
         self.layer, self.form, self.source = layer, form, source
         self.prompts, self.weights, self.per_prompt, self.seed = prompts, weights, per_prompt, seed

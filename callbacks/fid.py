@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from callbacks.counts import check_counts
 from callbacks.drawing import Cell, cells, draw
 from callbacks.measure import Measure
 from diffusion.evaluation.distribution import check_number
@@ -58,6 +59,7 @@ class GenerationFid(Measure):
         batch_size: int = 64,
         weights: Path | str | None = None,
     ) -> None:
+        check_counts("fid", num_images=num_images, every_n_epochs=every_n_epochs, batch_size=batch_size)
         super().__init__(f"val/fid_{num_images}", every_n_epochs)
         self.num_images, self.prompts, self.split, self.seed = num_images, prompts, split, seed
         self.sampler, self.batch_size = sampler, batch_size

@@ -6,10 +6,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from callbacks.counts import check_counts
 from callbacks.ema import averaged
 from callbacks.measure import due
 from datamodules.base import ImageDataModule
-from diffusion.errors import AntherError
 from diffusion.files import atomic
 from diffusion.images import TableRows, from_uint8, grid, to_pil
 from diffusion.loggers import log_picture
@@ -33,8 +33,7 @@ class ReconstructionGrid(Callback):
     def __init__(
         self, dirpath: str | Path, images: int = 16, columns: int = 8, every_n_epochs: int = 5, scale: int = 2
     ) -> None:
-        if min(images, columns, every_n_epochs, scale) < 1:
-            raise AntherError("images, columns, every_n_epochs and scale of callbacks.reconstructions are 1 or more.")
+        check_counts("reconstructions", images=images, columns=columns, every_n_epochs=every_n_epochs, scale=scale)
         self.dirpath = Path(dirpath)
         self.images, self.columns, self.every_n_epochs, self.scale = images, columns, every_n_epochs, scale
 

@@ -9,7 +9,8 @@ from typing import Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from callbacks.drawing import Cell, cells, draw
+from callbacks.counts import check_counts
+from callbacks.drawing import Cell, cells, check_weights, draw
 from callbacks.ema import averaged
 from callbacks.measure import due
 from diffusion.conditioning.labels import Labels
@@ -59,6 +60,11 @@ class SampleGrid(Callback):
     ) -> None:
         if gif not in ("never", "last", "always"):
             raise AntherError(f"callbacks.samples.gif is never, last or always, not {gif!r}.")
+        check_counts(
+            "samples", per_prompt=per_prompt, every_n_epochs=every_n_epochs, batch_size=batch_size, scale=scale
+        )
+        check_counts("samples", columns=1 if columns is None else columns)
+        check_weights("samples", weights)
         self.dirpath = Path(dirpath)
         self.prompts, self.weights, self.per_prompt, self.seed = prompts, weights, per_prompt, seed
         self.every_n_epochs, self.gif = every_n_epochs, gif

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from callbacks.counts import check_counts
 from diffusion.errors import AntherError
 from diffusion.files import atomic
 from diffusion.loggers import log_picture
@@ -29,6 +30,7 @@ class TimestepLoss(Callback):
     def __init__(self, dirpath: str | Path, bins: int = 10, stage: Literal["train", "val"] = "val") -> None:
         if stage not in ("train", "val"):
             raise AntherError(f"callbacks.timestep_loss.stage is train or val, not {stage!r}.")
+        check_counts("timestep_loss", bins=bins)
         self.path = Path(dirpath) / f"{stage}_loss_by_t.png"
         self.bins = bins
         self.stage = stage
