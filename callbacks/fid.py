@@ -38,7 +38,8 @@ class GenerationFid(Measure):
     Args:
         num_images: N, of which image k has the seed `seed + k`.
         prompts: for a model that takes some: image k has prompt k mod their number. Drawn with the model's own weight.
-        split: which real images: all of them, or train, val, test.
+        split: which real images: train, val, test, or all of them. Where a checkpoint is chosen by this distance, test
+            images, which all holds too, would no longer be test images for it.
         every_n_epochs: how often.
         seed: of the first image.
         sampler: instead of the module's own.
@@ -52,7 +53,7 @@ class GenerationFid(Measure):
         self,
         num_images: int = 500,
         prompts: Sequence[str] | None = None,
-        split: str = "all",
+        split: str = "train",
         every_n_epochs: int = 10,
         seed: int = 0,
         sampler: Sampler | None = None,

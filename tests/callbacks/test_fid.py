@@ -1,5 +1,8 @@
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
 from callbacks.checkpoints import BestCheckpoint
 from callbacks.ema import EMA
@@ -29,7 +32,7 @@ def trained(tmp_path, data, extractor, **options):
     saved = torch.load(best.best_model_path, weights_only=True)
     m.denoiser.network.load_state_dict(saved["ema"]["network"])
     drawn = m.sample([PROMPTS[k % 3] for k in range(50)], range(5, 55)).clamp(-1, 1)
-    split = options.get("split", "all")
+    split = options.get("split", "train")
     reals = torch.cat([data.pixels(name) for name in (("train", "val") if split == "all" else (split,))])
     by_hand = fid(extractor.part_features(to_uint8(drawn)).pool, *moments(extractor.part_features(reals).pool[:]))
     return float(best.best_model_score), by_hand
@@ -43,6 +46,16 @@ def test_it_is_the_distance_of_images_drawn_by_seed_with_the_averaged_weights(tm
     assert logged == pytest.approx(by_hand, rel=1e-5)
 
 
+@pytest.mark.usefixtures("_own_cache")
+def test_no_test_image_chooses_a_checkpoint_by_itself(tmp_path, monkeypatch):
+    split = yaml.safe_load((Path(__file__).parents[2] / "conf/callbacks/fid.yaml").read_text())["fid"]["split"]
+    monkeypatch.setattr("callbacks.fid.load_extractor", lambda *_: Corners())
+    for options in ({}, {"split": split}):
+        logged, by_hand = trained(tmp_path, Dots(n=78), Corners(), every_n_epochs=1, **options)
+        assert logged == pytest.approx(by_hand, rel=1e-5)
+    assert split == "train"
+
+
 @pytest.mark.slow
 def test_with_the_real_inception(tmp_path, monkeypatch):
     try:
@@ -51,13 +64,13 @@ def test_with_the_real_inception(tmp_path, monkeypatch):
         pytest.skip(str(error))
     # The weights are known by now; only the statistics of these reals go elsewhere.
     monkeypatch.setattr("diffusion.evaluation.reference.cache_dir", lambda: tmp_path / "cache")
-    logged, by_hand = trained(tmp_path, Dots(n=60), load_extractor(), every_n_epochs=2)
+    logged, by_hand = trained(tmp_path, Dots(n=78), load_extractor(), every_n_epochs=2)
     assert logged == pytest.approx(by_hand, rel=1e-5)
 
 
 @pytest.mark.usefixtures("_own_cache")
 def test_too_few_images_stop_the_run_before_it_begins(tmp_path):
-    with pytest.raises(AntherError, match="40 generated and 78 real images are too few"):
+    with pytest.raises(AntherError, match="40 generated and 52 real images are too few"):
         trainer(tmp_path, GenerationFid(num_images=40, prompts=PROMPTS)).fit(module(), datamodule=Dots(n=78))
 
 

@@ -347,7 +347,7 @@ def test_fid_while_training(call: Call) -> None:
         resolve("fid_inception")
     except AssetError as error:
         pytest.skip(str(error))
-    drawn = ["data=embedded", "data.n_train=40", "data.n_val=10", "data.batch_size=20", "data.size=16"]
+    drawn = ["data=embedded", "data.n_train=60", "data.n_val=10", "data.batch_size=20", "data.size=16"]
     few = ["callbacks.fid.num_images=50", "callbacks.fid.every_n_epochs=1", "trainer.check_val_every_n_epoch=1"]
     quick = ["network.dim=16", "sampler.steps=2", "trainer.max_steps=2", "trainer.accelerator=cpu"]
     folder = call("train.py", "experiment=flowers102_small", *drawn, *few, *quick)
