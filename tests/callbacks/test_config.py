@@ -20,7 +20,8 @@ def built(group, name, output, *overrides):
             f"{group}/{name}", overrides=[f"hydra.runtime.output_dir={output}", *overrides], return_hydra_config=True
         )
     HydraConfig.instance().set_config(config)
-    return {name: instantiate(node) for name, node in (config.get(group) or {}).items()}
+    nodes = (config.get(group) or {}).items()
+    return {name: instantiate(node) for name, node in nodes if "_target_" in node}
 
 
 @pytest.fixture(autouse=True)

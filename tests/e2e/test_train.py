@@ -221,6 +221,17 @@ def test_a_run_without_a_validation_ends_without_an_objective(
     assert json.loads((other / "result.json").read_text())["objective"] > 0
 
 
+@pytest.mark.parametrize("word", ["~callbacks.samples", "callbacks.samples=null"])
+def test_the_others_draw_without_the_samples(call: Call, word: str) -> None:
+    words = [*TINY, "data.n_train=16", "data.n_val=4", "trainer.max_steps=2", "trainer.check_val_every_n_epoch=1"]
+    words += ["callbacks.clip.every_n_epochs=1", "callbacks.embeddings.every_n_epochs=1"]
+    folder = call("train.py", *words, word)
+    assert not (folder / "samples").exists()
+    assert any(row["val/clip_score"] for row in rows(folder))
+    # The demo's four prompts at its two weights.
+    assert len(list((folder / "embeddings" / "step-000002").glob("*.png"))) == 8
+
+
 @pytest.mark.parametrize("epochs", [3, 4])
 def test_the_objective_is_of_the_last_weights_whether_or_not_it_was_due(call: Call, epochs: int) -> None:
     words = [*TINY, "data.n_train=16", "data.n_val=4", "trainer.max_steps=-1", f"trainer.max_epochs={epochs}"]
