@@ -88,8 +88,9 @@ class Diffusion(Generator):
         scheduler: (optimizer, total_steps) -> Lightning's `lr_scheduler` config; see `modules.learning_rate`.
         seed: of noise and times, in training and validation.
         times: how training times are spread over a batch, see `draw_times`.
-        val_times: evaluations per validation image. Image i is always seen at the same times with the same noise, so
-            the loss of two epochs, or two runs, may be compared.
+        val_times: evaluations per validation image. Image i is always seen at the same times with the same noise of the
+            seed, so the loss of two epochs, or of two runs with one seed, may be compared; another seed draws other
+            noise, which alone moves the loss of the same weights.
         augment_dim: width of the labels of a non-leaking augmentation, appended to the condition; zeros in sampling.
     """
 
@@ -200,7 +201,7 @@ class Diffusion(Generator):
         return t.flatten().to(x_0.device), torch.cat(losses)
 
     def _validation_grid(self, index: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Times (K, B) and noise (K, B, C, H, W) of the images with these row numbers."""
+        """Times (K, B) and noise (K, B, C, H, W) of the images with these row numbers; the seed decides the noise."""
         T, k = self.denoiser.schedule.T, self.val_times
         # Each image takes K evenly spaced times; the offset walks by the golden ratio, so all images fill the gaps.
         offset = (index.cpu().double() * GOLDEN) % 1

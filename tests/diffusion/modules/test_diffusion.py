@@ -202,6 +202,12 @@ def test_the_validation_grid_is_the_same_in_two_epochs_and_any_batch():
         assert torch.equal(alone[1][:, 0], torch.randn(4, 3, 8, 8, generator=generator(VALIDATION, 0, i)))
 
 
+def test_another_seed_validates_at_the_same_times_with_other_noise():
+    (t, eps), (u, other) = (build(seed=seed)._validation_grid(torch.arange(N), (3, 8, 8)) for seed in (0, 1))
+    assert torch.equal(t, u)
+    assert not torch.equal(eps, other)
+
+
 def test_the_validation_grid_covers_all_times_and_fresh_noise():
     t, eps = build(val_times=4)._validation_grid(torch.arange(500), (1, 2, 2))
     assert t.shape == (4, 500)
