@@ -81,6 +81,7 @@ def samplers(rows: str, T: int) -> dict[str, Sampler]:
         "DPM-Solver++ SDE-2M, 15": DPMpp(15, sde=True, clip=True),
         "DPM-Solver++ SDE-2M, 20": DPMpp(20, sde=True, clip=True),
         "DPM-Solver++ SDE-2M, 50": DPMpp(50, sde=True, clip=True),
+        "DDPM, 20": DDPM(20, clip=True),
         "DDPM, 50": DDPM(50, clip=True),
     }
     return every if rows == "all" else {name: every[name] for name in FEW}

@@ -165,7 +165,8 @@ def test_what_is_announced_is_not_markup(tmp_path: Path, capsys: pytest.CaptureF
     subject = SimpleNamespace(config={"name": "[/x]"}, parameters=1, path="[bold]p")
     how = {"sampler": None, "steps": 1, "weight": None, "originals": None, "model_config_sha256": None}
     plan = SimpleNamespace(prompts=PROMPTS[10:12], num_images=1, first_seed=0, **how)
-    _announce(subject, plan, SimpleNamespace(describe=lambda: {"score": "[/]"}), tmp_path)
+    _announce(subject, plan, SimpleNamespace(describe=lambda: {"score": "[/]"}, other_splits=["[val]"]), tmp_path)
     printed = capsys.readouterr().out
     assert "[bold]a rose[/nothing]" in printed
     assert "[/x]" in printed
+    assert "other images in [val]" in printed

@@ -92,7 +92,7 @@ def test_words_outside_the_vocabulary_are_named(reference):
 
 
 def test_the_name_must_be_the_files(reference):
-    with pytest.raises(AntherError, match="set model=tiny"):
+    with pytest.raises(AntherError, match=r"set conditioner\.model=tiny"):
         load_clip("ViT-B-32", str(reference[0]))
 
 

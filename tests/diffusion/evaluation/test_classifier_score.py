@@ -45,8 +45,8 @@ def test_the_jobs_of_a_sweep_share_the_features_of_the_reals(weights, monkeypatc
     monkeypatch.setattr(scoring, "read_reals", lambda *_: reals)
     node = {"weights": weights, "threshold": None, "split": "test"}
     config = {"clip": None, "inception": None, "nearest": None, "classifier": node}
-    data = Data()
-    first, second = (scoring.Scorers(config, None, data, "cpu") for _ in range(2))
+    data, subject = Data(), SimpleNamespace(other_splits=lambda datamodule: [])
+    first, second = (scoring.Scorers(config, subject, data, "cpu") for _ in range(2))
     assert first._classifier is second._classifier
 
 

@@ -50,7 +50,7 @@ def config(full_weights, **changes):
 
 
 def subject(conditioner=None):
-    return SimpleNamespace(model=SimpleNamespace(conditioner=conditioner))
+    return SimpleNamespace(model=SimpleNamespace(conditioner=conditioner), other_splits=lambda datamodule: [])
 
 
 def scored(scorers, images, folder, prompts=None):
