@@ -7,7 +7,7 @@ READY := .venv/ready
 
 demo: $(READY) ## train a small text-to-image model on drawn flowers, draw from it, evaluate it (minutes, no account)
 	$(BIN)/python train.py experiment=demo hydra.run.dir=runs/demo $(DEMO) || \
-	  { echo 'where the settings of the demo have changed, begin anew: rm -r runs/demo'; exit 1; }
+	  { code=$$?; echo 'where the settings of the demo have changed, begin anew: rm -r runs/demo'; exit $$code; }
 	test runs/demo/evaluation -nt runs/demo/checkpoints/last.ckpt || rm -rf runs/demo/evaluation # of weights that are gone
 	$(BIN)/python sample.py ckpt=runs/demo/checkpoints/last.ckpt hydra.run.dir=runs/demo/drawn gif=true \
 	  num_images=4 prompts='[a red rose, two white daisies, three yellow sunflowers, a purple tulip]'
@@ -42,7 +42,7 @@ clean: ## remove the environment
 # uv installs the hashed pins in seconds, from the index that pip is configured for; anew when the pins change.
 $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Anther needs Python 3.11 or newer: make PYTHON=python3.11")'
-	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv # none, or half of one
+	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv .venv # none, or half of one
 	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements-uv.txt
 	index=$${PIP_INDEX_URL:-$$($(BIN)/python -m pip config get global.index-url 2>/dev/null)}; \
 	  $(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes $${index:+--index-url "$$index"} requirements.txt

@@ -54,6 +54,8 @@ class BestCheckpoint(ModelCheckpoint):
             # The best may still lie with the run that this one began from.
             return str(Path(str(self.dirpath), Path(path).name)) if Path(path).parent == before else path
 
+        if not Path(moved(state["best_model_path"])).is_file():
+            return  # the last checkpoint alone came here, and what it measures itself by did not
         for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
             state[name] = moved(state[name])
         state["best_k_models"] = {moved(path): score for path, score in state["best_k_models"].items()}

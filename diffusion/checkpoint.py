@@ -105,8 +105,7 @@ def check_fits(checkpoint: Mapping[str, Any], config: Mapping[str, Any], path: P
     Raises:
         AntherError: naming what differs.
     """
-    there, here = (model_settings(located(settings)) for settings in (checkpoint["config"], config))
-    if found := differences(there, here):
+    if found := differences(model_settings(checkpoint["config"]), model_settings(config)):
         raise AntherError(
             f"{path} holds another model: {found}; give the same settings, or another hydra.run.dir or ckpt."
         )
@@ -123,7 +122,11 @@ def check_goes_on(before: Mapping[str, Any], config: Mapping[str, Any], folder: 
     Raises:
         AntherError: naming what differs.
     """
-    there, here = (_trained(json.loads(json.dumps(located(settings)))) for settings in (before, config))
+    there, here = (_trained(json.loads(json.dumps(settings))) for settings in (before, config))
+    # A best checkpoint is chosen by FID, which is another one against other reals.
+    reals = [((settings.get("callbacks") or {}).get("fid") or {}).get("split") for settings in (before, config)]
+    if None not in reals:
+        there["callbacks.fid.split"], here["callbacks.fid.split"] = reals
     if any(before["trainer"].get(key) != config["trainer"].get(key) for key in _BATCHES):
         # To train the same on other numbers of devices, the batch of each is made another.
         sizes = [_images_per_step(parts, settings) for parts, settings in ((there, before), (here, config))]
@@ -153,12 +156,15 @@ def _trained(config: Mapping[str, Any]) -> dict[str, Any]:
     return parts | {part: {k: v for k, v in parts[part].items() if k not in drawn[part]} for part in drawn}
 
 
-def located(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with absolute paths of its conditioner's files, so that it holds in other working directories."""
-    conditioner = config["module"].get("conditioner") or {}
+def _located(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The module of a config, with files of its conditioner that are not here where they lay in training."""
+    module: Mapping[str, Any] = config["module"]
+    conditioner, began = module.get("conditioner") or {}, config.get("working_directory")
+    if began is None:
+        return module
     paths = {key: Path(value).expanduser() for key in _FILES if isinstance(value := conditioner.get(key), str)}
-    found = {key: str(path.absolute()) for key, path in paths.items() if path.is_file()}
-    return {**config, "module": {**config["module"], "conditioner": {**conditioner, **found}}} if found else {**config}
+    found = {key: str(Path(began, p)) for key, p in paths.items() if not p.is_file() and Path(began, p).is_file()}
+    return {**module, "conditioner": {**conditioner, **found}} if found else module
 
 
 def model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,7 +271,7 @@ def _world(model: Diffusion) -> dict[str, Any]:
 def _generator(config: Mapping[str, Any], path: Path | str) -> Generator:
     if "module" not in config:
         raise AntherError(f"the config for {path} describes no module: give the config of a run of train.py.")
-    module = rebuild(config["module"], "module")
+    module = rebuild(_located(config), "module")
     if not isinstance(module, Generator):
         raise AntherError(
             f"{path} holds a {type(module).__name__}, which draws no images: use a checkpoint of a model that does."

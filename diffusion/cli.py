@@ -183,8 +183,11 @@ def _nameless(word: str) -> str | None:
     """The group that a word of the command line sets to null, a number or the like."""
     import yaml
 
-    key, _, value = word.partition("=")
-    return key if (CONF / key).is_dir() and not isinstance(yaml.safe_load(value), str | list | dict) else None
+    key, _, value = word.lstrip("+").partition("=")
+    try:
+        return key if (CONF / key).is_dir() and not isinstance(yaml.safe_load(value), str | list | dict) else None
+    except (OSError, yaml.YAMLError):  # another word, which is not that one
+        return None
 
 
 def _of_group(key: str | None) -> str:

@@ -53,7 +53,8 @@ def train(config: dict[str, Any], folder: Path) -> float | None:
     config = {**config, "ckpt": began}
     datamodule = build(config["data"], "data")
     module = build(config["module"], "module")
-    module.config = checkpoint.located(config)
+    # Paths in the config are seen from here.
+    module.config = {**config, "working_directory": str(Path.cwd())}
     trainer = build(
         config["trainer"],
         "trainer",

@@ -222,7 +222,7 @@ def _read_csv(path: Path, key: str) -> tuple[list[str], np.ndarray]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         lines: Iterator[list[str]] = csv.reader(file)
         header = [column.strip() for column in next(lines, [])]
-        if _is_row(header):  # as the course writes it
+        if header[:1] != [key] and _is_row(header):  # as the course writes it
             lines = itertools.chain([header], lines)
             header = [key, *(f"e{k}" for k in range(len(header) - 1))]
         columns = [header.index(f"e{k}") for k in range(sum(c[:1] == "e" and c[1:].isdecimal() for c in header))]

@@ -70,7 +70,7 @@ def retune(checkpoint: dict[str, Any], config: Mapping[str, Any]) -> None:
     moved = there.get("_target_") == here.get("_target_") and all("base_lrs" in s for s in checkpoint["lr_schedulers"])
     anew = there != here and not moved
     nodes = [module.get("optimizer") for module in modules]
-    if nodes[0] == nodes[1] and not anew:
+    if nodes[0] is None or (nodes[0] == nodes[1] and not anew):  # None: of before there was a choice
         return
     parameter = torch.nn.Parameter(torch.zeros(1))
     old, new = (rebuild(node, "optimizer")([parameter]).defaults for node in nodes)

@@ -1,5 +1,6 @@
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -265,8 +266,8 @@ def test_best_by_a_measure_that_is_not_always_taken(tmp_path):
     assert torch.load(best.best_model_path, weights_only=True)["global_step"] == 8
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_a_moved_run_knows_its_best_checkpoint_and_another_run_does_not(tmp_path, own):
+@pytest.mark.parametrize("how", ["moved", "its last checkpoint copied", "begun from it"])
+def test_a_moved_run_knows_its_best_checkpoint_and_another_run_does_not(tmp_path, how):
     there, here = tmp_path / "there", tmp_path / "here"
 
     def fit(folder, epochs, ckpt=None):
@@ -276,10 +277,13 @@ def test_a_moved_run_knows_its_best_checkpoint_and_another_run_does_not(tmp_path
         return best
 
     fit(there, 2)
-    if own:
+    if how == "moved":
         there.rename(here)
-    best = fit(here, 4, (here if own else there) / "last.ckpt")
-    epoch, score = (1, 0.9) if own else (3, 0.5)
+    elif how != "begun from it":
+        here.mkdir()
+        shutil.copy(there / "last.ckpt", here)
+    best = fit(here, 4, (there if how == "begun from it" else here) / "last.ckpt")
+    epoch, score = (1, 0.9) if how == "moved" else (3, 0.5)
     assert sorted(path.name for path in here.glob("best*")) == [f"bestepoch={epoch}.ckpt"]
     assert (best.best_model_path, best.best_model_score) == (
         str(here / f"bestepoch={epoch}.ckpt"),

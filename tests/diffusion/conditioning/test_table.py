@@ -73,6 +73,12 @@ def test_the_courses_own_file_has_no_header(tmp_path, make_table):
     torch.testing.assert_close(conditioner.lookup({"index": torch.arange(6)}), torch.from_numpy(ROWS))
 
 
+def test_a_header_of_other_names_is_no_row(tmp_path):
+    (tmp_path / "clip.csv").write_text("path,0,1,2\nroses/1.jpg,1,2,3\n")  # as pandas writes whole numbers
+    with pytest.raises(AntherError, match="no columns e0, e1"):
+        _ = EmbeddingTable(tmp_path / "clip.csv").dim
+
+
 def test_paths_of_windows(tmp_path, make_table):
     path = write_csv(tmp_path / "clip.csv", [p.replace("/", "\\") for p in PATHS])
     conditioner = EmbeddingTable(path)
