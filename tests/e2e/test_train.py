@@ -360,7 +360,7 @@ def test_fid_while_training(call: Call) -> None:
         pytest.skip(str(error))
     drawn = ["data=embedded", "data.n_train=60", "data.n_val=10", "data.batch_size=20", "data.size=16"]
     few = ["callbacks.fid.num_images=50", "callbacks.fid.every_n_epochs=1", "trainer.check_val_every_n_epoch=1"]
-    quick = ["network.dim=16", "sampler.steps=2", "trainer.max_steps=2", "trainer.accelerator=cpu"]
+    quick = ["network.dim=16", "sampler.steps=2", "trainer.max_steps=3", "trainer.accelerator=cpu"]
     folder = call("train.py", "experiment=flowers102_small", *drawn, *few, *quick)
     (best,) = (folder / "checkpoints").glob("best_fid-*.ckpt")
     logged = float(rows(folder)[-1]["val/fid_50"])
