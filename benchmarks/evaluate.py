@@ -96,7 +96,8 @@ class Ours:
             "inception": chosen,
             "nearest": {"space": "inception", "split": "val"},
         }
-        conditioned: Any = SimpleNamespace(model=SimpleNamespace(conditioner=object()))
+        model = SimpleNamespace(conditioner=object())
+        conditioned: Any = SimpleNamespace(model=model, other_splits=lambda datamodule: [])
         self.scorers = Scorers(config, conditioned, data, "cpu")
         self.extractor, self.clip = load_extractor(), load_clip_scorer(*clip, "cpu")
 
