@@ -38,7 +38,7 @@ class GenerationClipScore(Measure):
 
     def __init__(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | int],
         weights: Sequence[float] = (0.5, 1.0, 2.0, 5.0),
         model: str = "ViT-B-32",
         pretrained: str = "laion2b_s34b_b79k",
@@ -60,7 +60,7 @@ class GenerationClipScore(Measure):
         """Loads CLIP and looks at the prompts before the first step, so that a fault shows now and not in an hour."""
         assert isinstance(pl_module, Diffusion)
         cells(pl_module, self.prompts, self.weights, self.per_prompt, self.seed)
-        pl_module.sampling_condition(list(self.prompts), len(self.prompts))
+        pl_module.sampling_condition([str(prompt) for prompt in self.prompts], len(self.prompts))
         self.scorer.to(pl_module.device)
         self.scorer.load()
         if self.scorer.conditions(pl_module.conditioner):

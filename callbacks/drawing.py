@@ -29,7 +29,11 @@ class Cell:
 
 
 def cells(
-    module: Generator, prompts: Sequence[str] | None, weights: Sequence[float] | None, per_prompt: int, seed: int
+    module: Generator,
+    prompts: Sequence[str | int] | None,
+    weights: Sequence[float] | None,
+    per_prompt: int,
+    seed: int,
 ) -> list[Cell]:
     """What to draw, weight by weight, and within a weight prompt by prompt.
 
@@ -37,7 +41,7 @@ def cells(
 
     Args:
         module: the model; its own guidance weight is taken if `weights` is None.
-        prompts: None without a condition.
+        prompts: None without a condition; a number is the name of a class.
         weights: guidance weights.
         per_prompt: images per prompt and weight.
         seed: of the first image.
@@ -53,8 +57,8 @@ def cells(
             )
         return [Cell(None, None, seed + j) for j in range(per_prompt)]
     if not prompts:
-        raise AntherError("this model draws from prompts: list some under callbacks.<name>.prompts.")
-    texts = [text for text in prompts for _ in range(per_prompt)]
+        raise AntherError("this model draws from prompts: list some in callbacks.drawn.prompts.")
+    texts = [str(prompt) for prompt in prompts for _ in range(per_prompt)]
     chosen = [float(module.weight)] if weights is None else weights
     return [Cell(text, float(w), seed + j) for w, (j, text) in product(chosen, enumerate(texts))]
 

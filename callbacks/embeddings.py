@@ -49,7 +49,7 @@ class BottleneckEmbeddings(Callback):
         layer: str | None = None,
         form: Form = "pooled",
         source: Literal["samples", "val"] = "samples",
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[str | int] | None = None,
         weights: Sequence[float] | None = None,
         per_prompt: int = 1,
         seed: int = 0,

@@ -52,7 +52,7 @@ class GenerationFid(Measure):
     def __init__(
         self,
         num_images: int = 500,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[str | int] | None = None,
         split: str = "train",
         every_n_epochs: int = 10,
         seed: int = 0,

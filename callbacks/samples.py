@@ -47,7 +47,7 @@ class SampleGrid(Callback):
     def __init__(
         self,
         dirpath: str | Path,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[str | int] | None = None,
         weights: Sequence[float] | None = None,
         per_prompt: int = 1,
         seed: int = 0,

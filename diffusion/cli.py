@@ -1,6 +1,7 @@
 """What the entry points share before they import torch: how they end, and whether there is anything left to do."""
 
 import errno
+import hashlib
 import json
 import locale
 import os
@@ -22,6 +23,7 @@ from diffusion.threads import wait_passively
 CONF = Path(__file__).parents[1] / "conf"
 RESULT = "result.json"
 SECONDS = "seconds"
+UNTIL = "until"
 
 # What others call this and do otherwise.
 UNSUPPORTED = ("trainer/fsdp", "trainer/deepspeed", "trainer/ddp_spawn")
@@ -185,7 +187,7 @@ def _nameless(word: str) -> str | None:
 
     key, _, value = word.lstrip("+").partition("=")
     try:
-        return key if (CONF / key).is_dir() and not isinstance(yaml.safe_load(value), str | list | dict) else None
+        return key if (CONF / key.partition("@")[0]).is_dir() and not isinstance(yaml.safe_load(value), str | list | dict) else None
     except (OSError, yaml.YAMLError):  # another word, which is not that one
         return None
 
@@ -196,6 +198,10 @@ def _of_group(key: str | None) -> str:
     from omegaconf import DictConfig
 
     command = Path(sys.argv[0]).stem
+    group, at, place = (key or "").partition("@")
+    if at and (CONF / group).is_dir():
+        names = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+        return f"{key} is chosen by a name: give {key}= one of {names}, or {place}=null for none."
     if key is None or not (CONF / f"{command}.yaml").exists():
         return f"{key or 'a group'} cannot be set like this, but by one of the names that --help lists."
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -203,7 +209,8 @@ def _of_group(key: str | None) -> str:
     groups = sorted(group for group in config.hydra.runtime.choices if not group.startswith("hydra"))
     if key in groups:
         names = ", ".join(sorted(path.stem for path in (CONF / key).glob("*.yaml")))
-        return f"{key} is chosen by a name: give {key}= one of {names}, or leave it out."
+        otherwise = "~scheduler for none" if key == "scheduler" else "leave it out"
+        return f"{key} is chosen by a name: give {key}= one of {names}, or {otherwise}."
     if isinstance(parts := config.get(key), DictConfig):
         parts_of = " or ".join(f"{key}.{part}=…" for part in map(str, parts))
         return f"{key} is no group of {command}.py and cannot be set as a whole: set {parts_of}, or leave it out."
@@ -223,7 +230,8 @@ def read_result(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | Non
 
     Args:
         folder: of the run.
-        config: resolved; a run is finished when it made the steps or epochs that its trainer is asked for now.
+        config: resolved; a run is finished when it made the steps or epochs that its trainer is asked for now, or when
+            it ended before, by its time or a callback, and is asked for nothing else.
 
     Raises:
         AntherError: the record cannot be read, or belongs to a run with other settings.
@@ -241,34 +249,45 @@ def read_result(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | Non
     wanted_steps, wanted_epochs = trainer.get("max_steps", -1), trainer.get("max_epochs")
     by_steps = isinstance(wanted_steps, int) and 0 <= wanted_steps <= steps
     by_epochs = isinstance(wanted_epochs, int) and 0 <= wanted_epochs <= epochs
-    if not (by_steps or by_epochs):
+    by_itself = not (by_steps or by_epochs) and record.get(UNTIL) == _until(config)
+    if not (by_steps or by_epochs or by_itself):
         return None
     if found := ranks.changed(folder, config):
         raise AntherError(f"{folder} is finished, with other settings: {found}; choose another hydra.run.dir.")
     value = "null" if objective is None else f"{objective:.4g}"
+    longer = "raise trainer.max_steps or trainer.max_epochs"
+    if by_itself:
+        longer = "change what ended it, which was trainer.max_time or a callback"
     print(
         f"{folder} is finished: {steps} steps, {epochs} epochs, {record['metric']} = {value}. To train longer "
-        "raise trainer.max_steps or trainer.max_epochs; to train anew choose another hydra.run.dir."
+        f"{longer}; to train anew choose another hydra.run.dir."
     )
     return record
 
 
+def _until(config: Mapping[str, Any]) -> str:
+    """A hash of what ends a training: its limits, and its callbacks, which may stop it early."""
+    limits = {key: value for key, value in config["trainer"].items() if key.startswith(("max_", "min_"))}
+    return hashlib.sha256(json.dumps([limits, config.get("callbacks")], sort_keys=True).encode()).hexdigest()
+
+
 def write_result(
     folder: Path,
-    metric: str,
+    config: Mapping[str, Any],
     objective: float | None,
     steps: int,
     epochs: int,
     parameters: int,
     seconds: float | None = None,
 ) -> None:
-    """Records that a run is finished, the numbers in its network, and how long the command that ended it trained."""
+    """Records that a run of a config is finished, the numbers in its network, and how long its last command trained."""
     counts = {"steps": steps, "epochs": epochs, "parameters": parameters}
     record = {
-        "metric": metric,
+        "metric": config["objective"],
         "objective": objective,
         **counts,
         SECONDS: None if seconds is None else round(seconds, 1),
+        UNTIL: _until(config),
     }
     with atomic(folder / RESULT) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")

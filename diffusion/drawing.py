@@ -1,6 +1,7 @@
 """One run of sample.py: images from a checkpoint, with the record of how each was made."""
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,6 +77,7 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
     every = torch.cat(images)
     columns = per_prompt if texts is not None and per_prompt > 1 else max(1, round(count**0.5))
     captions = texts if texts is not None else [f"seed {seed}" for seed in seeds]
+    _clear(folder)
     with atomic(folder / "grid.png") as temporary:
         sheet(every, captions, columns).save(temporary, format="PNG")
     records = []
@@ -100,3 +102,17 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
     print(f"single images {folder / 'images'}, how each was made {folder / 'samples.json'}")
     if trajectory is not None:
         print(f"from noise to image {folder / 'trajectory.gif'}")
+
+
+def _clear(folder: Path) -> None:
+    """Removes what another request left in the folder, which its record names: its images would pass for these."""
+    record = folder / "samples.json"
+    if not record.exists():
+        return
+    try:
+        files = [str(image["file"]) for image in json.loads(record.read_text())["images"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AntherError(f"{record} is damaged: delete it, or choose another hydra.run.dir.") from error
+    for file in (*(file for file in files if re.fullmatch(r"images/\d{5,}\.png", file)), "trajectory.gif"):
+        (folder / file).unlink(missing_ok=True)
+    record.unlink()

@@ -84,7 +84,7 @@ def train(config: dict[str, Any], folder: Path) -> float | None:
             draw_losses(log, folder / "plots" / "loss.png")
         count = sum(p.numel() for p in module.parameters())
         made = trainer.global_step, trainer.current_epoch
-        write_result(folder, config["objective"], objective, *made, count, time.monotonic() - started)
+        write_result(folder, config, objective, *made, count, time.monotonic() - started)
     _farewell(config, module, objective, folder)
     return objective
 

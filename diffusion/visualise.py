@@ -314,18 +314,20 @@ def draw_schedules(schedules: Mapping[tuple[str, int], Schedule]) -> "Figure":
     panels: list[Axes] = list(figure.subplots(2, 2).flat)
     names, steps = (list(dict.fromkeys(part)) for part in zip(*schedules, strict=True))
     colours = dict(zip(names, colormaps["tab10"].colors, strict=False))  # type: ignore[attr-defined]
+    # Some lie on others: the first are the widest, so that every one can be seen.
+    widths = {name: 1.2 + 0.8 * (len(names) - 1 - k) for k, name in enumerate(names)}
     styles = dict(zip(steps, ["-", "--", ":", "-."] * len(steps), strict=False))
     for (name, T), schedule in schedules.items():
         t = torch.arange(T + 1, dtype=torch.float64) / T
         alpha, _ = schedule(t)
-        look = {"color": colours[name], "ls": styles[T], "lw": 1.4}
+        look = {"color": colours[name], "ls": styles[T], "lw": widths[name]}
         panels[0].plot(t[1:], step_betas(schedule), **look)
         panels[1].plot(t, alpha**2, **look)
         panels[2].plot(t[1:], schedule.snr(t)[1:], **look)
-    floor = 1e-8
+    floor = 1e-10  # the cosine of 1000 steps ends at 2.4e-9
     for name in names:
         ends = [(T, max(float(s.snr(torch.ones(()))), floor)) for (other, T), s in schedules.items() if other == name]
-        panels[3].plot(*zip(*sorted(ends), strict=True), color=colours[name], marker="o", label=name)
+        panels[3].plot(*zip(*sorted(ends), strict=True), color=colours[name], marker="o", lw=widths[name], ms=4 + widths[name], label=name)
     panels[0].set(title="beta of each step", xlabel="t", yscale="log")
     panels[1].set(title="alpha-bar: share of the signal's variance", xlabel="t")
     panels[2].set(title="signal-to-noise ratio", xlabel="t", yscale="log", ylim=(floor, None))

@@ -111,12 +111,9 @@ def find(table: ImageTable, measured: Measured, side: int, limits: Limits, reaso
         found.append(_twin(frame, "exact_duplicate", "the same pixels", kept, gone))
     alike = {finding.name for finding in found if finding.reason == "exact_duplicate"}
     left = order[~frame["name"].iloc[order].isin(alike).to_numpy()]
-    rows = np.sort(left)
-    pairs = near_pairs(table, frame["row"].to_numpy()[rows], measured.hashes[rows], limits)
-    near = {(int(rows[a]), int(rows[b])): value for (a, b), value in pairs.items()}
-    for kept, gone in _twins(left, near):
-        value = near[(min(kept, gone), max(kept, gone))]
-        found.append(_twin(frame, "near_duplicate", f"differs by {value:.1f} of 255", kept, gone))
+    for kept, gone, value in near_twins(table, frame["row"].to_numpy()[left], measured.hashes[left], limits):
+        details_of = f"differs by {value:.1f} of 255"
+        found.append(_twin(frame, "near_duplicate", details_of, int(left[kept]), int(left[gone])))
     return found
 
 
@@ -173,24 +170,29 @@ def _twins(order: Array, pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[int
                     yield k, other
 
 
-def near_pairs(
+def near_twins(
     table: ImageTable, rows: Array, hashes: Array, limits: Limits, chunk: int = 256
-) -> dict[tuple[int, int], float]:
-    """Pairs (a, b), a < b, of positions in `rows` that show the same picture, with their difference in levels of 255.
+) -> Iterator[tuple[int, int, float]]:
+    """Positions (stays, goes) in `rows` of images that show the same picture; no two that stay do.
+
+    What went is compared with nothing more, so thousands of pictures of one kind cost as much as one of them.
 
     Args:
         table: the data set.
-        rows: of the table.
+        rows: of the table, those that rather stay first.
         hashes: uint64, one per row.
         limits: see `Limits`.
-        chunk: rows that are compared with all others at once.
+        chunk: rows whose hashes are compared with all others at once.
+
+    Yields:
+        Both positions, and the difference in levels of 255.
     """
     from rich.console import Console
     from rich.progress import track
 
     small = np.empty((len(rows), SIDE, SIDE, 3), np.uint8)  # memory is taken for what is written only
     made = np.zeros(len(rows), bool)
-    pairs = {}
+    gone = np.zeros(len(rows), bool)
     starts = track(
         range(0, len(hashes), chunk),
         description="near duplicates",
@@ -199,16 +201,22 @@ def near_pairs(
         disable=len(hashes) < 2 * chunk,
     )
     for start in starts:
-        close = np.bitwise_count(hashes[start : start + chunk, None] ^ hashes[None, start:]) <= limits.hash_bits
-        candidates = np.argwhere(np.triu(close, 1)) + start
-        for k in np.unique(candidates[~made[candidates]]):
-            small[k], made[k] = thumbnail(table, int(rows[k])), True
-        for part in np.array_split(candidates, -(-len(candidates) // 1024) or 1):
-            differences = _differences(small[part[:, 0]], small[part[:, 1]])
-            for (a, b), value in zip(part, differences, strict=True):
-                if value <= limits.difference:
-                    pairs[int(a), int(b)] = float(value)
-    return pairs
+        some = start + np.flatnonzero(~gone[start : start + chunk])
+        close = np.bitwise_count(hashes[some, None] ^ hashes[None, start:]) <= limits.hash_bits
+        for k, row in zip(some, close, strict=True):
+            others = start + np.flatnonzero(row)
+            others = others[(others > k) & ~gone[others]]
+            if gone[k] or not len(others):
+                continue
+            for other in (k, *others):
+                if not made[other]:
+                    small[other], made[other] = thumbnail(table, int(rows[other])), True
+            for part in np.array_split(others, -(-len(others) // 1024)):
+                differences = _differences(small[[k]], small[part])
+                for other, value in zip(part, differences, strict=True):
+                    if value <= limits.difference:
+                        gone[other] = True
+                        yield int(k), int(other), float(value)
 
 
 def thumbnail(table: ImageTable, row: int) -> Array:

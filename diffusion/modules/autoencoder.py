@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from diffusion.errors import AntherError
 from diffusion.guidance import Guidance
 from diffusion.modules.generator import TRAINING, VALIDATION, Generator
+from diffusion.modules.learning_rate import MakeScheduler
 from diffusion.networks.autoencoders import VAE, Autoencoder
 from diffusion.rng import ImageRNG, generator
 from diffusion.samplers import Hook, Sampler
@@ -55,7 +56,7 @@ class VariationalAutoencoder(Generator):
         self,
         network: Autoencoder,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-        scheduler: Callable[[Optimizer, int], dict[str, Any]] | None = None,
+        scheduler: MakeScheduler | None = None,
         seed: int = 0,
         loss: Loss = "bce",
         kl_weight: float = 1.0,
@@ -128,6 +129,7 @@ class VariationalAutoencoder(Generator):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Mean loss of the batch; z is drawn by (seed, step, place), see `Generator.places`."""
+        self.seed_layers(self.seed, batch_idx)
         images = batch["image"]
         key = (TRAINING, self.seed, self.trainer.global_step)
         _, places = self.places(len(images), batch_idx)

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from diffusion.errors import AntherError
 from diffusion.modules.epoch_mean import epoch_mean
+from diffusion.modules.learning_rate import MakeScheduler
 from diffusion.modules.validated import Validated
 from diffusion.networks.classifier import LeNet
 
@@ -41,6 +42,7 @@ class Classification(Validated):
         network: what is trained.
         optimizer: parameters -> optimizer.
         scheduler: (optimizer, total_steps) -> Lightning's `lr_scheduler` config; see `modules.learning_rate`.
+        seed: of dropout.
         loss: cross_entropy, or focal, which weighs samples down that are classified well already.
         gamma: how strongly focal does so.
     """
@@ -49,7 +51,8 @@ class Classification(Validated):
         self,
         network: LeNet,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-        scheduler: Callable[[Optimizer, int], dict[str, Any]] | None = None,
+        scheduler: MakeScheduler | None = None,
+        seed: int = 0,
         loss: Loss = "cross_entropy",
         gamma: float = 2.0,
     ) -> None:
@@ -58,6 +61,7 @@ class Classification(Validated):
             raise AntherError(f"module.loss is cross_entropy or focal, not {loss!r}.")
         if gamma < 0:
             raise AntherError(f"module.gamma={gamma} must be 0 or more.")
+        self.seed = seed
         self.network = network
         self.loss, self.gamma = loss, gamma
         # The resolved config of the run; the entry point sets it, checkpoints carry it.
@@ -102,6 +106,7 @@ class Classification(Validated):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """The mean loss of a batch."""
+        self.seed_layers(self.seed, batch_idx)
         labels = batch["label"]
         loss = self.losses(self.network(batch["image"]), labels).mean()
         self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(labels), sync_dist=True)
@@ -120,5 +125,4 @@ class Classification(Validated):
         optimizer = self._make_optimizer(self.network.parameters())
         if self._make_scheduler is None:
             return optimizer
-        total = int(self.trainer.estimated_stepping_batches)
-        return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer, total)}
+        return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer, self.total_steps)}

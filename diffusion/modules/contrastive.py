@@ -14,6 +14,7 @@ from diffusion.errors import AntherError
 from diffusion.files import atomic
 from diffusion.images import from_uint8
 from diffusion.modules.epoch_mean import epoch_mean
+from diffusion.modules.learning_rate import MakeScheduler
 from diffusion.modules.validated import Validated
 
 # Images reach the model as they are in a batch, in [-1, 1].
@@ -65,7 +66,7 @@ class Contrastive(Validated):
         *,
         model_cfg: Mapping[str, Any],
         optimizer: Callable[[Iterable[dict[str, Any]]], Optimizer],
-        scheduler: Callable[[Optimizer, int], dict[str, Any]] | None = None,
+        scheduler: MakeScheduler | None = None,
         name: str = "anther-flowers-32",
         file_name: str = "flowers_clip.safetensors",
     ) -> None:
@@ -150,8 +151,7 @@ class Contrastive(Validated):
         optimizer = self._make_optimizer([{"params": decayed}, {"params": others, "weight_decay": 0.0}])
         if self._make_scheduler is None:
             return optimizer
-        total = int(self.trainer.estimated_stepping_batches)
-        return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer, total)}
+        return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer, self.total_steps)}
 
     @torch.no_grad()
     def on_fit_end(self) -> None:

@@ -13,6 +13,7 @@ from diffusion.errors import AntherError
 from diffusion.guidance import AutoGuidance, ClassifierFree, Guidance
 from diffusion.modules.epoch_mean import epoch_mean
 from diffusion.modules.generator import TRAINING, VALIDATION, Generator
+from diffusion.modules.learning_rate import MakeScheduler
 from diffusion.networks.layout import lay_out
 from diffusion.rng import ImageRNG, generator
 from diffusion.samplers import Hook, Sampler
@@ -102,7 +103,7 @@ class Diffusion(Generator):
         denoiser: Denoiser,
         sampler: Sampler,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-        scheduler: Callable[[Optimizer, int], dict[str, Any]] | None = None,
+        scheduler: MakeScheduler | None = None,
         seed: int = 0,
         times: Spread = "stratified",
         val_times: int = 4,
@@ -150,6 +151,17 @@ class Diffusion(Generator):
                 f"the data are {channels} x {height} x {height} and the network takes {network.img_ch} x "
                 f"{network.img_size} x {network.img_size}: choose data and network that fit each other."
             )
+        told = getattr(getattr(datamodule, "augment", None), "width", 0)
+        if told and told != self.augment_dim:
+            raise AntherError(
+                f"the augmentation tells the network {told} numbers of each image, and module.augment_dim is "
+                f"{self.augment_dim}: set module.augment_dim={told} and make network.c_embed_dim wider by as much."
+            )
+        if self.conditioner is None and self.augment_dim and self.augment_dim != network.c_embed_dim:
+            raise AntherError(
+                f"the network takes conditions of width {network.c_embed_dim}, and the augmentation gives "
+                f"{self.augment_dim}: set network.c_embed_dim={self.augment_dim}."
+            )
 
     def configure_model(self) -> None:
         """Lays the weights out for the device and precision of the trainer."""
@@ -160,8 +172,9 @@ class Diffusion(Generator):
 
         Noise, times and what is dropped are a function of (seed, step, place), where a sample's place is that in the
         batch of the optimizer's step. The same batch on other numbers of devices, or gathered over several
-        accumulated batches, trains the same network.
+        accumulated batches, trains the same network, unless its layers draw too: see `seed_layers`.
         """
+        self.seed_layers(self.seed, batch_idx)
         x_0 = batch["image"]
         draws = self._draws(len(x_0), batch_idx, x_0.shape[1:])
         t = draws.t.to(x_0.device)
@@ -336,7 +349,7 @@ class ClassifierFreeDiffusion(Diffusion):
         conditioner: Conditioner,
         drop_prob: float = 0.1,
         weight: float = 1.0,
-        interval: Sequence[float] | None = None,
+        interval: Sequence[Any] | None = None,  # of numbers, and inf is one: `Guidance` looks
         rescale: float = 0.0,
         **options: Any,
     ) -> None:
@@ -385,6 +398,8 @@ class ClassifierFreeDiffusion(Diffusion):
     def sampling_condition(self, prompts: Sequence[str] | None, n: int) -> Tensor:  # noqa: D102
         if prompts is None or len(prompts) != n:
             given = "none" if prompts is None else str(len(prompts))
-            raise AntherError(f"{n} images need {n} prompts and {given} were given: name one per image.")
+            raise AntherError(
+                f"{n} images need {n} prompts and {given} were given: name them, as in prompts='[a red rose]'."
+            )
         cond = self.conditioner.encode(prompts)
         return torch.cat([cond, cond.new_zeros(n, self.augment_dim)], 1)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from diffusion.conditioning.base import Conditioner
 from diffusion.errors import AntherError
 from diffusion.guidance import Guidance
+from diffusion.modules.learning_rate import MakeScheduler
 from diffusion.modules.validated import Validated
 from diffusion.samplers import Hook, Sampler
 
@@ -40,7 +41,7 @@ class Generator(Validated, ABC):
     def __init__(
         self,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-        scheduler: Callable[[Optimizer, int], dict[str, Any]] | None,
+        scheduler: MakeScheduler | None,
         seed: int,
     ) -> None:
         super().__init__()
@@ -132,8 +133,7 @@ class Generator(Validated, ABC):
         optimizer = self._make_optimizer(p for p in self.trained.parameters() if p.requires_grad)
         if self._make_scheduler is None:
             return optimizer
-        total = int(self.trainer.estimated_stepping_batches)
-        return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer, total)}
+        return {"optimizer": optimizer, "lr_scheduler": self._make_scheduler(optimizer, self.total_steps)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint says what it is: the resolved config travels with the weights."""
@@ -144,7 +144,8 @@ class Generator(Validated, ABC):
         """Where this process's n samples stand in the batch of the optimizer's step.
 
         What is drawn for a sample is a function of (seed, step, place), so the same batch on other numbers of devices,
-        or gathered over several accumulated batches, trains the same network.
+        or gathered over several accumulated batches, trains the same network; what layers draw is not, see
+        `seed_layers`.
 
         Args:
             n: samples of this process's batch.

@@ -1,7 +1,7 @@
 """How the learning rate moves: each function returns what Lightning calls an `lr_scheduler` config."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,13 @@ from diffusion.errors import AntherError
 
 MONITOR = "val/loss"
 
+MakeScheduler = Callable[[Optimizer, int | None], dict[str, Any]]
+"""What makes the schedule of an optimizer, of the run's steps; None where their number is not known."""
 
-def plateau(optimizer: Optimizer, total_steps: int, factor: float, patience: int, min_lr: float) -> dict[str, Any]:
+
+def plateau(
+    optimizer: Optimizer, total_steps: int | None, factor: float, patience: int, min_lr: float
+) -> dict[str, Any]:
     """Multiplies the rate by `factor` when the validation loss has not fallen for `patience` epochs.
 
     Args:
@@ -28,7 +33,9 @@ def plateau(optimizer: Optimizer, total_steps: int, factor: float, patience: int
     return {"scheduler": scheduler, "monitor": MONITOR, "interval": "epoch", "strict": False}
 
 
-def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup_steps: int, final: float = 0.0) -> dict[str, Any]:
+def warmup_cosine(
+    optimizer: Optimizer, total_steps: int | None, warmup_steps: int, final: float = 0.0
+) -> dict[str, Any]:
     """Rises linearly over `warmup_steps`, then falls along half a cosine to `final` times the rate.
 
     Args:
@@ -38,8 +45,13 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, warmup_steps: int, fin
         final: share of the rate at the end, in [0, 1].
 
     Raises:
-        AntherError: one of them out of its range.
+        AntherError: one of them out of its range, or a run whose steps nobody knows.
     """
+    if total_steps is None:
+        raise AntherError(
+            "scheduler=warmup_cosine falls until the last step, and neither trainer.max_steps nor trainer.max_epochs "
+            "says which that is: give one of them, or scheduler=plateau."
+        )
     if warmup_steps < 0:
         raise AntherError(f"scheduler.warmup_steps = {warmup_steps} counts steps: give 0 or more.")
     if not 0 <= final <= 1:

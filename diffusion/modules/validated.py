@@ -1,5 +1,6 @@
-"""What the modules share: what they know of their validation."""
+"""What the modules share: what they know of their validation, of a run's length, and of what layers draw."""
 
+import math
 from typing import Any
 
 import lightning
@@ -7,6 +8,10 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from diffusion.modules.learning_rate import MONITOR
+from diffusion.rng import generator
+
+# First number of a key, so that layers never share a stream with noise and times.
+LAYERS = 2
 
 UNSEEN = "unseen_val_loss"
 """In a checkpoint: the loss of a validation within the running epoch, which no plateau scheduler has seen yet."""
@@ -52,3 +57,22 @@ class Validated(lightning.LightningModule):
         """Puts the loss where Lightning looks for it: an earlier process took it in this epoch."""
         if self._unseen is not None:
             self.trainer.callback_metrics[MONITOR] = torch.tensor(self._unseen)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole run; None where neither steps nor epochs are limited."""
+        steps = self.trainer.estimated_stepping_batches
+        return None if math.isinf(steps) else int(steps)
+
+    def seed_layers(self, seed: int, batch_idx: int) -> None:
+        """Seeds what layers draw from in training, as dropout does, which takes no generator of its own.
+
+        Their draws are then a function of (seed, step, part of the step, rank): the same in a process that goes on from
+        a checkpoint. On other numbers of devices they are others.
+
+        Args:
+            seed: of the run.
+            batch_idx: of the batch in its epoch.
+        """
+        part = batch_idx % self.trainer.accumulate_grad_batches
+        torch.manual_seed(generator(LAYERS, seed, self.global_step, part, self.global_rank).initial_seed())

@@ -70,6 +70,9 @@ def test_the_square_in_the_middle(files):
     assert np.array_equal(table.images[0].transpose(1, 2, 0), np.asarray(square))
     closer = original.resize((16, 16), Image.Resampling.BICUBIC, box=(19, 39, 159, 179))
     assert np.array_equal(ready(files, crop=140).table.images[0].transpose(1, 2, 0), np.asarray(closer))
+    # Each has its own cache.
+    between = original.resize((16, 16), Image.Resampling.BICUBIC, box=(29, 49, 149, 169))
+    assert np.array_equal(ready(files, crop=120).table.images[0].transpose(1, 2, 0), np.asarray(between))
 
 
 def test_an_unpacked_folder_gives_the_same_table(files):

@@ -76,3 +76,15 @@ def test_the_experiment_is_the_published_one(experiment: str) -> None:
     assert config.trainer.max_steps == -1
     assert plateau is None or plateau["_target_"] == "diffusion.modules.learning_rate.plateau"
     assert module["denoiser"]["weighting"] == {"_target_": "diffusion.weighting.unit", "_partial_": True}
+
+
+@pytest.mark.parametrize("base", ["linear", "scaled_linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("experiment", ["demo", "flowers"])
+def test_any_schedule_may_end_in_noise_alone(experiment: str, base: str) -> None:
+    words = [f"experiment={experiment}", "schedule=zero_terminal_snr", f"schedule@schedule.schedule={base}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        schedule = build(OmegaConf.to_container(compose("train", words).schedule, resolve=True))
+        plain = build(OmegaConf.to_container(compose("train", [words[0], f"schedule={base}"]).schedule, resolve=True))
+    first, last = torch.tensor([1 / schedule.T, 1.0], dtype=torch.float64)
+    assert schedule.snr(last) == 0
+    assert torch.isclose(schedule.snr(first), plain.snr(first))

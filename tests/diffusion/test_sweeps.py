@@ -59,7 +59,8 @@ def job(config, folder):
     if x == config["breaks"]:
         raise ZeroDivisionError(x)
     if ranks.rank() == 0:
-        cli.write_result(folder, "loss", (x - 2) ** 2, steps=1, epochs=1, parameters=1, seconds=1.0)
+        record = config | {"objective": "loss"}
+        cli.write_result(folder, record, (x - 2) ** 2, steps=1, epochs=1, parameters=1, seconds=1.0)
     return (x - 2) ** 2
 """
 CONFIG = """

@@ -36,6 +36,18 @@ def test_grid_singles_record_and_animation(trained: Path, call: Call, capfd: pyt
     assert Image.open(folder / "trajectory.gif").n_frames == 5
 
 
+def test_another_request_in_the_same_folder_leaves_nothing_of_the_one_before(
+    trained: Path, call: Call, tmp_path: Path
+) -> None:
+    (tmp_path / "run" / "images").mkdir(parents=True)
+    (tmp_path / "run" / "images" / "mine.png").write_bytes(b"")
+    common = [f"ckpt={trained}", "prompts=[a red rose]", "sampler.steps=2"]
+    call("sample.py", *common, "num_images=3", "gif=true")
+    folder = call("sample.py", *common, "num_images=2")
+    assert {path.name for path in (folder / "images").iterdir()} == {"00000.png", "00001.png", "mine.png"}
+    assert not (folder / "trajectory.gif").exists()
+
+
 def test_an_image_is_a_function_of_its_seed_in_any_batch_split(trained: Path, call: Call, tmp_path: Path) -> None:
     common = [f"ckpt={trained}", "prompts=[a red rose]", "sampler=ddpm", "sampler.steps=3"]
     three = call("sample.py", *common, "num_images=3", "batch_size=2", folder=tmp_path / "three")

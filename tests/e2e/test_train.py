@@ -90,6 +90,49 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(call: Call, capfd: pyte
     assert checkpoint.read(folder / "checkpoints" / "last.ckpt")["global_step"] == 5
 
 
+def test_a_run_that_a_callback_ended_is_finished_until_that_is_changed(
+    call: Call, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stop = ["_target_=lightning.pytorch.callbacks.EarlyStopping", "monitor=val/loss", "patience=1", "min_delta=10"]
+    quick = [*TINY, "callbacks=fit", "trainer.check_val_every_n_epoch=1", *(f"+callbacks.stop.{word}" for word in stop)]
+    folder = call("train.py", *quick, "trainer.max_steps=60")
+    result = (folder / "result.json").read_text()
+    assert json.loads(result)["steps"] == 16
+    capfd.readouterr()
+    call("train.py", *quick, "trainer.max_steps=60", folder=folder)
+    assert "is finished: 16 steps, 2 epochs" in (printed := capfd.readouterr().out)
+    assert "change what ended it, which was trainer.max_time or a callback" in printed
+    assert (folder / "result.json").read_text() == result
+    patient = [word.replace("patience=1", "patience=2") for word in quick]
+    call("train.py", *patient, "trainer.max_steps=60", folder=folder)
+    assert json.loads((folder / "result.json").read_text())["steps"] == 24
+
+
+def test_time_alone_limits_a_run_whose_rate_does_not_wait_for_its_end(call: Call) -> None:
+    limit = ["trainer.max_steps=-1", "trainer.max_time=00:00:00:01"]
+    folder = call("train.py", *TINY, "callbacks=fit", "scheduler=plateau", *limit)
+    assert json.loads((folder / "result.json").read_text())["steps"] > 0
+
+
+def test_guidance_acts_from_a_level_to_infinity(call: Call) -> None:
+    folder = call("train.py", *TINY, "callbacks=fit", "trainer.max_steps=1", "guidance.interval=[0.3,inf]")
+    model = load_model(folder / "checkpoints" / "last.ckpt")
+    assert tuple(model.guidance.interval) == (0.3, float("inf"))
+
+
+def test_a_class_by_number_is_drawn_while_training(call: Call) -> None:
+    labels = [
+        "conditioner=labels",
+        "conditioner.num_classes=4",
+        "conditioner.class_names=null",
+        "network.c_embed_dim=4",
+    ]
+    folder = call(
+        "train.py", *TINY, *labels, "callbacks=default", "callbacks.drawn.prompts=[0,1]", "trainer.max_steps=1"
+    )
+    assert list((folder / "samples").glob("*.png"))
+
+
 def test_ckpt_goes_on_in_another_folder(call: Call, tmp_path: Path) -> None:
     first = call("train.py", *TINY, "trainer.max_steps=3", folder=tmp_path / "first")
     last = first / "checkpoints" / "last.ckpt"

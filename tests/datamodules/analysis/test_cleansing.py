@@ -9,7 +9,7 @@ import yaml
 from PIL import Image, ImageEnhance, ImageFilter
 
 from datamodules.analysis import cleansing
-from datamodules.analysis.cleansing import REASONS, Limits, _by_precedence, _twins, find, near_pairs
+from datamodules.analysis.cleansing import REASONS, Limits, _by_precedence, _twins, find, near_twins
 from datamodules.analysis.measure import measure_all
 from datamodules.base import ImageTable
 from datamodules.exclusion import Exclusion
@@ -192,21 +192,14 @@ def test_thousands_of_copies_are_compared_once(monkeypatch):
     images[:3000, :, 8:24, 8:24] = 200
     images[3000] = images[0] + 5
     images[3001] = np.random.default_rng(0).integers(0, 256, (3, 32, 32))
-    table = ImageTable(
-        images=images,
-        labels=torch.zeros(3002, dtype=torch.int64),
-        class_names=("rose",),
-        names=tuple(f"{k:04d}" for k in range(3002)),
-        captions=("",) * 3002,
-        digest="0",
-    )
+    table = plain_table(images)
     compared = []
 
     def counted(table, rows, *others):
         compared.append(rows.tolist())
-        return near_pairs(table, rows, *others)
+        return near_twins(table, rows, *others)
 
-    monkeypatch.setattr(cleansing, "near_pairs", counted)
+    monkeypatch.setattr(cleansing, "near_twins", counted)
     splits = {"train": np.delete(np.arange(3002), 2000), "test": np.array([2000])}
     found = find(table, measure_all(table, splits), 32, Limits(), LISTED)
     exact = [finding for finding in found if finding.reason == "exact_duplicate"]
@@ -234,22 +227,67 @@ def test_alike_is_not_the_same(tmp_path):
     )
     measured = measure_all(table, {"train": np.arange(3)})
     rows = measured.frame["row"].to_numpy()
-    assert near_pairs(table, rows, measured.hashes, Limits(hash_bits=64)) == {}
-    loose = near_pairs(table, rows, measured.hashes, Limits(hash_bits=64, difference=255))
-    assert set(loose) == {(0, 1), (0, 2), (1, 2)}
-    for (a, b), value in loose.items():
+    assert not list(near_twins(table, rows, measured.hashes, Limits(hash_bits=64)))
+    loose = list(near_twins(table, rows, measured.hashes, Limits(hash_bits=64, difference=255)))
+    assert [pair for *pair, _ in loose] == [[0, 1], [0, 2]]
+    for a, b, value in loose:
         small = [np.asarray(table.original(k).resize((32, 32), Image.Resampling.BOX), float) for k in (a, b)]
         assert value == pytest.approx((small[0] - small[1]).std(), rel=1e-4)
 
 
-def test_pairs_do_not_depend_on_the_chunks(tmp_path, clean):
+def test_near_twins_do_not_depend_on_the_chunks(tmp_path, clean):
     copies = {f"x{k:02d}": jpeg(clean[f"clean{k:02d}"], 70) for k in range(0, 20, 3)}
     table = make_table(tmp_path, clean | copies)
     measured = measure_all(table, {"train": np.arange(len(table))})
     rows = measured.frame["row"].to_numpy()
-    whole = near_pairs(table, rows, measured.hashes, Limits())
-    assert {(table.names[a], table.names[b]) for a, b in whole} == {(f"clean{n[1:]}", n) for n in copies}
-    assert near_pairs(table, rows, measured.hashes, Limits(), chunk=4) == whole
+    whole = list(near_twins(table, rows, measured.hashes, Limits()))
+    assert {(table.names[a], table.names[b]) for a, b, _ in whole} == {(f"clean{n[1:]}", n) for n in copies}
+    assert list(near_twins(table, rows, measured.hashes, Limits(), chunk=4)) == whole
+
+
+def plain_table(images):
+    return ImageTable(
+        images=images,
+        labels=torch.zeros(len(images), dtype=torch.int64),
+        class_names=("rose",),
+        names=tuple(f"{k:04d}" for k in range(len(images))),
+        captions=("",) * len(images),
+        digest="0",
+    )
+
+
+@pytest.mark.parametrize("chunk", [3, 256])
+def test_near_twins_are_those_of_all_pairs(chunk):
+    rng = np.random.default_rng(0)
+    kinds = rng.integers(0, 256, (5, 3, 32, 32))
+    images = (kinds[rng.integers(0, 5, 40)] + rng.normal(0, 12, (40, 3, 32, 32))).clip(0, 255).astype(np.uint8)
+    rows = rng.permutation(40)
+    hashes = rng.integers(0, 2**20, 40).astype(np.uint64)
+    limits = Limits(hash_bits=10, difference=18)
+    pictures = images[rows].astype(np.float64)
+    apart = (pictures[:, None] - pictures).std((2, 3, 4))
+    bits = [[int(a ^ b).bit_count() for b in hashes] for a in hashes]
+    pairs = {(a, b) for a in range(40) for b in range(a) if apart[a, b] <= 18 and bits[a][b] <= 10}
+    assert len(pairs) > 20
+    found = list(near_twins(plain_table(images), rows, hashes, limits, chunk))
+    assert {(a, b) for a, b, _ in found} == set(_twins(np.arange(40), pairs))
+    assert all(value == pytest.approx(apart[a, b], rel=1e-5) for a, b, value in found)
+
+
+def test_what_went_is_compared_no_more(monkeypatch):
+    images = np.random.default_rng(0).integers(0, 9, (600, 3, 32, 32)).astype(np.uint8)  # of a still camera in the dark
+    compared = []
+
+    def counted(some, others):
+        compared.append(len(others))
+        return differences(some, others)
+
+    differences = cleansing._differences
+    monkeypatch.setattr(cleansing, "_differences", counted)
+    same = np.zeros(600, np.uint64)
+    found = list(near_twins(plain_table(images), np.arange(600), same, Limits()))
+    assert [(stays, goes) for stays, goes, _ in found] == [(0, k) for k in range(1, 600)]
+    assert sum(compared) == 599
 
 
 def test_what_stays_is_no_twin_of_anything_that_stays():

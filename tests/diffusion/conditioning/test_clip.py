@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import weakref
 
@@ -6,6 +7,7 @@ import torch
 
 from diffusion.conditioning import clip as clip_module
 from diffusion.conditioning.clip import Clip
+from diffusion.conditioning.openclip import find_clip
 from diffusion.errors import AntherError
 
 
@@ -86,9 +88,15 @@ def test_other_weights_other_images_and_other_preprocessing_are_embedded_anew(wr
     assert len(loads) == 3
 
 
-def test_unknown_words_stop_before_training(reference, make_table):
-    import dataclasses
+def test_another_preprocessing_of_the_same_weights_is_another_source(reference):
+    """Weights of open_clip's tags do not hold their preprocessing, so the weights' hash does not tell it."""
+    source = find_clip("tiny", str(reference[0]))
+    other = dataclasses.replace(source, preprocess=source.preprocess | {"mean": (0.0, 0.0, 0.0)})
+    assert other.weights_hash == source.weights_hash
+    assert other.identity != source.identity
 
+
+def test_unknown_words_stop_before_training(reference, make_table):
     table = dataclasses.replace(make_table(), captions=("a blue tulip",) * 6)
     with pytest.raises(AntherError, match="tulip"):
         Clip("tiny", str(reference[0]), training="text").prepare(table)

@@ -15,6 +15,7 @@ from diffusion.files import sha256
 from diffusion.loggers import CSVLog
 from tests.diffusion.evaluation.fake_run import CLIP, RUN
 
+TRAINING = {"objective": "val/loss", "trainer": {"max_steps": 30}, "callbacks": {}}
 LOSSES = (0.5, 0.0327, 0.0888)
 
 
@@ -32,7 +33,7 @@ def training(folder, name="flowers", finished=True, parameters=34122243, losses=
         log.log_metrics({"train/loss_step": 1.0}, 10 * k + 5)
     log.finalize("success")
     if finished:
-        cli.write_result(folder, "val/loss", losses[-1], 30, 3, parameters, 60.0)
+        cli.write_result(folder, TRAINING, losses[-1], 30, 3, parameters, 60.0)
     return folder / "checkpoints" / "last.ckpt"
 
 
@@ -150,7 +151,7 @@ def test_a_run_without_a_log_has_its_objective(tmp_path):
 def test_a_run_without_a_validation_has_no_objective(tmp_path):
     checkpoint = training(tmp_path / "one")
     shutil.rmtree(tmp_path / "one" / "logs")
-    cli.write_result(checkpoint.parents[1], "val/loss", None, 30, 3, 34122243, 60.0)
+    cli.write_result(checkpoint.parents[1], TRAINING, None, 30, 3, 34122243, 60.0)
     (row,) = collect(tmp_path).rows
     assert row == {"experiment": "flowers", "parameters": 34122243, "run": "one"}
 

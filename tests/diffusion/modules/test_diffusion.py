@@ -97,6 +97,30 @@ def train(module, epochs=2, data=None, callbacks=(), **options):
 # Training -----------------------------------------------------------------------------------------------------------
 
 
+def test_what_layers_draw_is_a_function_of_seed_step_part_and_rank():
+    module = build()
+
+    def drawn(seed=0, step=0, batch=0, rank=0, state=1):
+        torch.manual_seed(state)  # another process, or one that goes on, has another
+        module._trainer = SimpleNamespace(accumulate_grad_batches=2, global_step=step, global_rank=rank)
+        module.seed_layers(seed, batch)
+        return torch.rand(()).item()
+
+    assert drawn(step=3, batch=1) == drawn(step=3, batch=1, state=2) == drawn(step=3, batch=3)
+    assert len({drawn(), drawn(seed=1), drawn(step=1), drawn(batch=1), drawn(rank=1)}) == 5
+
+
+def test_training_with_dropout_does_not_depend_on_the_process():
+    def trained(state):
+        module = build(seed=0)
+        module.denoiser.network.out.append(torch.nn.Dropout(0.5))
+        torch.manual_seed(state)
+        train(module, epochs=1)
+        return module.denoiser.network.out[3].weight
+
+    assert torch.equal(trained(1), trained(2))
+
+
 @pytest.mark.parametrize("seed", [0, 7])
 def test_times_and_noise_are_a_function_of_seed_step_and_place(seed):
     module = build(seed=seed)
