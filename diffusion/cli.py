@@ -249,7 +249,7 @@ def read_result(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | Non
     wanted_steps, wanted_epochs = trainer.get("max_steps", -1), trainer.get("max_epochs")
     by_steps = isinstance(wanted_steps, int) and 0 <= wanted_steps <= steps
     by_epochs = isinstance(wanted_epochs, int) and 0 <= wanted_epochs <= epochs
-    by_itself = not (by_steps or by_epochs) and record.get(UNTIL) == _until(config)
+    by_itself = not (by_steps or by_epochs) and record.get(UNTIL) == _until(config, folder)
     if not (by_steps or by_epochs or by_itself):
         return None
     if found := ranks.changed(folder, config):
@@ -265,10 +265,11 @@ def read_result(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | Non
     return record
 
 
-def _until(config: Mapping[str, Any]) -> str:
-    """A hash of what ends a training: its limits, and its callbacks, which may stop it early."""
+def _until(config: Mapping[str, Any], folder: Path) -> str:
+    """A hash of what ends a training: its limits, and its callbacks, which may stop it early; not of where it lies."""
     limits = {key: value for key, value in config["trainer"].items() if key.startswith(("max_", "min_"))}
-    return hashlib.sha256(json.dumps([limits, config.get("callbacks")], sort_keys=True).encode()).hexdigest()
+    told = json.dumps([limits, config.get("callbacks")], sort_keys=True).replace(json.dumps(str(folder))[1:-1], "")
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def write_result(
@@ -287,7 +288,7 @@ def write_result(
         "objective": objective,
         **counts,
         SECONDS: None if seconds is None else round(seconds, 1),
-        UNTIL: _until(config),
+        UNTIL: _until(config, folder),
     }
     with atomic(folder / RESULT) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")

@@ -50,10 +50,10 @@ def test_dropout_of_a_killed_run_goes_on_where_it_was(forks: Forks, whole: Path,
     network = "network=adm network.channels=32 network.channel_mult=[1] network.num_blocks=1 network.head_channels=16"
     of_ours = [word for word in TRAIN if not word.startswith("network.down_chs")]
     words = [*of_ours, *network.split(), "network.attention_resolutions=[]", "network.dropout=0.3"]
-    words += ["network.c_embed_dim=64", "trainer.max_steps=8", "trainer.accumulate_grad_batches=2"]
+    words += ["network.c_embed_dim=64", "trainer.max_steps=10", "trainer.accumulate_grad_batches=2"]
     one, other = (f"hydra.run.dir={tmp_path / name}" for name in ("one", "other"))
     assert (ended := forks.run("train.py", *words, one)).status == 0, ended.printed
-    assert forks.run("train.py", *words, other, at_step=5).status == -9
+    assert forks.run("train.py", *words, other, at_step=7).status == -9
     assert (ended := forks.run("train.py", *words, other)).status == 0, ended.printed
     assert difference(trained(tmp_path / "one"), trained(tmp_path / "other")) is None
 
