@@ -28,7 +28,9 @@ of these images, or after `every_n_steps`; where that is more than `share` of th
 On a busy machine a turn is off by some per cent, and the median of a few turns by half of that: a difference of 1.03 is
 seen where the turns agree, or over several runs.
 
-    python -m benchmarks.train_step [network] [batch size]     network: demo (default), flowers, mnist
+    python -m benchmarks.train_step [network] [batch size] [peers]     network: demo (default), flowers, mnist
+
+With `peers` the other rows of ours are left out: each takes as much memory as ours, and flowers at 128 takes 9 GB.
 """
 
 import ctypes
@@ -280,15 +282,16 @@ def be_quiet() -> None:
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "demo"
     batch_size = int(sys.argv[2]) if len(sys.argv) > 2 else 32
+    peers_alone = sys.argv[3:] == ["peers"]
     torch.set_num_threads(1)
     keep_freed_memory()
     one_arena()
     be_quiet()
     with tempfile.TemporaryDirectory() as folder:
-        measure(name, batch_size, Path(folder))
+        measure(name, batch_size, peers_alone, Path(folder))
 
 
-def measure(name: str, batch_size: int, folder: Path) -> None:
+def measure(name: str, batch_size: int, peers_alone: bool, folder: Path) -> None:
     data = make_data(composed(name, batch_size, folder))
     # Nothing else in this process: what lies in a heap can move the time of all that works in it by some per cent.
     ours = Fit(name, batch_size, folder / "ours")
@@ -297,14 +300,12 @@ def measure(name: str, batch_size: int, folder: Path) -> None:
     loss = bare.denoiser.loss(x_0, (t + 1).double() / T, eps).mean().item()
     ours.check(loss, TOLERANCES["32-true"])
     peers = Apart(make_peers, name, batch_size, folder / "peers", loss)
-    others = (
-        {"ours, bf16": Apart(make_ours, name, batch_size, folder / "bf16", "bf16-mixed", True, loss)}
-        if has_bf16()
-        else {}
-    )
-    others["ours, allocator untouched"] = Apart(
-        make_ours, name, batch_size, folder / "untouched", "32-true", False, loss
-    )
+    kinds = {"ours, bf16": ("bf16-mixed", True)} if has_bf16() else {}
+    kinds["ours, allocator untouched"] = ("32-true", False)
+    others = {
+        side: Apart(make_ours, name, batch_size, folder / side, precision, keep, loss)
+        for side, (precision, keep) in ({} if peers_alone else kinds).items()
+    }
     sides: dict[str, Callable[[int], float]] = {
         "ours": lambda steps: timed(ours.run, steps)[0] / steps,
         "bare loop": lambda steps: timed(bare.run, steps)[0] / steps,
