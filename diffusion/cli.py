@@ -187,7 +187,11 @@ def _nameless(word: str) -> str | None:
 
     key, _, value = word.lstrip("+").partition("=")
     try:
-        return key if (CONF / key.partition("@")[0]).is_dir() and not isinstance(yaml.safe_load(value), str | list | dict) else None
+        return (
+            key
+            if (CONF / key.partition("@")[0]).is_dir() and not isinstance(yaml.safe_load(value), str | list | dict)
+            else None
+        )
     except (OSError, yaml.YAMLError):  # another word, which is not that one
         return None
 

@@ -234,7 +234,12 @@ def _announce(
 
     table = Table.grid(padding=(0, 2))
     rows = {"run": config["name"], "data": datamodule.describe(), **module.describe()}
-    limit = f"{trainer.max_steps} steps" if trainer.max_steps >= 0 else f"{trainer.max_epochs} epochs"
+    if trainer.max_steps >= 0:
+        limit = f"{trainer.max_steps} steps"
+    elif trainer.max_epochs != -1:
+        limit = f"{trainer.max_epochs} epochs"
+    else:
+        limit = f"for {config['trainer'].get('max_time') or 'as long as it is left alone'}"
     rows["training"] = f"{limit}, precision {trainer.precision}, seed {config['seed']}"
     rows["devices"] = f"{trainer.num_devices * trainer.num_nodes} x {trainer.strategy.root_device.type}"
     rows["goes on from"] = str(resume) if resume else "nothing"

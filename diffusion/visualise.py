@@ -327,7 +327,14 @@ def draw_schedules(schedules: Mapping[tuple[str, int], Schedule]) -> "Figure":
     floor = 1e-10  # the cosine of 1000 steps ends at 2.4e-9
     for name in names:
         ends = [(T, max(float(s.snr(torch.ones(()))), floor)) for (other, T), s in schedules.items() if other == name]
-        panels[3].plot(*zip(*sorted(ends), strict=True), color=colours[name], marker="o", lw=widths[name], ms=4 + widths[name], label=name)
+        panels[3].plot(
+            *zip(*sorted(ends), strict=True),
+            color=colours[name],
+            marker="o",
+            lw=widths[name],
+            ms=4 + widths[name],
+            label=name,
+        )
     panels[0].set(title="beta of each step", xlabel="t", yscale="log")
     panels[1].set(title="alpha-bar: share of the signal's variance", xlabel="t")
     panels[2].set(title="signal-to-noise ratio", xlabel="t", yscale="log", ylim=(floor, None))

@@ -108,9 +108,12 @@ def test_a_run_that_a_callback_ended_is_finished_until_that_is_changed(
     assert json.loads((folder / "result.json").read_text())["steps"] == 24
 
 
-def test_time_alone_limits_a_run_whose_rate_does_not_wait_for_its_end(call: Call) -> None:
+def test_time_alone_limits_a_run_whose_rate_does_not_wait_for_its_end(
+    call: Call, capfd: pytest.CaptureFixture[str]
+) -> None:
     limit = ["trainer.max_steps=-1", "trainer.max_time=00:00:00:01"]
     folder = call("train.py", *TINY, "callbacks=fit", "scheduler=plateau", *limit)
+    assert "for 00:00:00:01, precision" in capfd.readouterr().out
     assert json.loads((folder / "result.json").read_text())["steps"] > 0
 
 
