@@ -11,6 +11,7 @@ from diffusion.errors import AntherError
 from diffusion.evaluation.classifier import load_classifier
 from diffusion.evaluation.distribution import SEED, fid, kid, subset_size
 from diffusion.evaluation.metric import Result
+from diffusion.evaluation.reals import Reals
 from diffusion.evaluation.reference import moments
 from diffusion.evaluation.rows import parts
 from diffusion.evaluation.selective import IDK, cascade
@@ -28,9 +29,7 @@ class ClassifierScore:
     Args:
         weights: see `load_classifier`.
         threshold: confidence below which it declines, 0 to 1; None takes the classifier's own.
-        reals: uint8 (M, 1, 28, 28).
-        split: of the reals, for the protocol.
-        digest: of the data that the reals are from.
+        reals: with pixels (M, 1, 28, 28).
         device: where it runs.
 
     Attributes:
@@ -40,9 +39,7 @@ class ClassifierScore:
         AntherError: no such classifier, one without a threshold, or reals that it does not take.
     """
 
-    def __init__(
-        self, weights: str, threshold: float | None, reals: Images, split: str, digest: str, device: str
-    ) -> None:
+    def __init__(self, weights: str, threshold: float | None, reals: Reals, device: str) -> None:
         self.classifier = load_classifier(weights)
         self.network = self.classifier.network.to(device)
         chosen = self.classifier.threshold if threshold is None else threshold
@@ -53,16 +50,17 @@ class ClassifierScore:
                 else f"classifier.threshold={chosen} is a probability: choose one between 0 and 1."
             )
         self.threshold = float(chosen)
-        self.check(reals)
-        self._reals = infer(self.network, from_uint8(reals[:]))[1].double().numpy()
+        self.check(reals.pixels)
+        self._reals = infer(self.network, from_uint8(reals.pixels[:]))[1].double().numpy()
         self.identity: dict[str, Any] = {
             "classifier": self.classifier.name,
             "weights_sha256": self.classifier.sha256,
             "temperature": self.classifier.temperature,
             "threshold": self.threshold,
-            "split": split,
-            "data_digest": digest,
+            "split": reals.split,
+            "data_digest": reals.digest,
             "N_real": len(self._reals),
+            "reals": reals.identity,
         }
 
     def check(self, images: Images) -> None:

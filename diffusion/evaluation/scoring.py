@@ -89,8 +89,7 @@ def load_classifier_scorer(
     """The classifier that scores, and the features of the real images of a split."""
     from diffusion.evaluation.classifier_score import ClassifierScore
 
-    reals = read_reals(datamodule, split)
-    return ClassifierScore(weights, threshold, reals.pixels, reals.split, reals.digest, device)
+    return ClassifierScore(weights, threshold, read_reals(datamodule, split), device)
 
 
 class Scorers:

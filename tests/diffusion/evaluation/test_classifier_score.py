@@ -3,12 +3,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from datamodules.folders import FolderImages
 from diffusion.errors import AntherError
 from diffusion.evaluation import scoring
 from diffusion.evaluation.classifier import export_classifier
 from diffusion.evaluation.classifier_score import ClassifierScore
+from diffusion.evaluation.reals import Reals
 from diffusion.networks.classifier import LeNet, infer
 
 RUN = {"steps": 7, "guidance_weight": None}
@@ -33,21 +36,45 @@ def weights(network, tmp_path):
     return str(path)
 
 
+def split(images: torch.Tensor) -> Reals:
+    rows = np.arange(len(images))
+    return Reals(images, rows, tuple(f"{row}.png" for row in rows), "test", "digest")
+
+
 def scorer(weights, threshold=None, reals=None):
-    return ClassifierScore(weights, threshold, pixels(300, 1) if reals is None else reals, "test", "digest", "cpu")
+    return ClassifierScore(weights, threshold, split(pixels(300, 1) if reals is None else reals), "cpu")
 
 
 def test_the_jobs_of_a_sweep_share_the_features_of_the_reals(weights, monkeypatch):
     class Data:
         table = SimpleNamespace(digest="digest")
 
-    reals = SimpleNamespace(pixels=pixels(20, 1), split="test", digest="digest")
-    monkeypatch.setattr(scoring, "read_reals", lambda *_: reals)
+    monkeypatch.setattr(scoring, "read_reals", lambda *_: split(pixels(20, 1)))
     node = {"weights": weights, "threshold": None, "split": "test"}
     config = {"clip": None, "inception": None, "nearest": None, "classifier": node}
     data, subject = Data(), SimpleNamespace(other_splits=lambda datamodule: [])
     first, second = (scoring.Scorers(config, subject, data, "cpu") for _ in range(2))
     assert first._classifier is second._classifier
+
+
+def test_the_identity_and_every_protocol_know_which_reals_were_left_out(weights, tmp_path):
+    """Two lists of equal length leave the digest of the data and the number of the reals as they are."""
+    for k in range(12):
+        path = tmp_path / "digits" / str(k % 2) / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(1, k)[0, 0].numpy()).save(path)
+    found = []
+    for left_out in ("0/0.png", "1/1.png"):
+        (tmp_path / "exclude.csv").write_text(f"name,reason\n{left_out},doubtful\n")
+        small = {"size": 28, "channels": 1, "batch_size": 2, "seed": 0, "split": {"train": 0.5, "val": 0.5}}
+        data = FolderImages(path=str(tmp_path / "digits"), exclude=str(tmp_path / "exclude.csv"), **small)
+        data.setup()
+        found.append(scoring.load_classifier_scorer(weights, None, "all", data, "cpu"))
+    one, other = (scorer.identity for scorer in found)
+    assert {key for key in one if one[key] != other[key]} == {"reals"}
+    for scorer in found:
+        for result in scorer.score(pixels(20), ["0"] * 20, RUN)[1].values():
+            assert result.protocol["reals"] == scorer.identity["reals"]
 
 
 def test_columns_are_what_the_network_says_of_each_image(network, weights):
