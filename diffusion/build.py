@@ -67,8 +67,13 @@ def build(node: Mapping[str, Any], where: str = "", /, **extra: Any) -> Any:
         **extra: further keywords, as they are.
 
     Raises:
-        AntherError: a target that is no part, or one that does not take these settings.
+        AntherError: a target that is no part, none at all, or one that does not take these settings.
     """
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise AntherError(
+            f"{_path(where)} has no _target_, the class that its settings are of: name one too, as in "
+            f"{where.partition('.')[0] or 'GROUP'}=NAME; --help lists the names."
+        )
     return _build(node, where, PARTS, FUNCTIONS, extra)
 
 

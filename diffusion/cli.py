@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import current_thread, main_thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion import ranks, secrecy, sweeps
 from diffusion.allocator import keep_freed_memory
@@ -19,6 +19,9 @@ from diffusion.build import closest
 from diffusion.errors import AntherError, Stopped
 from diffusion.files import atomic
 from diffusion.threads import wait_passively
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 CONF = Path(__file__).parents[1] / "conf"
 RESULT = "result.json"
@@ -168,6 +171,9 @@ def _of_hydra(error: Exception) -> str:
         return f"{error.full_key} is not set: give {error.full_key}=…; --help says more."
     cause = error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.parent_node is not None and cause.full_key:
+        found = re.match(r"Could not override '(\w+)\.(\w+)'", text)
+        if found and cause.full_key == found[1] and (said := _of_nothing_chosen(*found.groups())) is not None:
+            return said
         parent = cause.full_key.rpartition(".")[0]
         known = [
             str(key) for key in (cause.parent_node if OmegaConf.is_dict(cause.parent_node) else ()) if key != "hydra"
@@ -198,7 +204,6 @@ def _nameless(word: str) -> str | None:
 
 def _of_group(key: str | None) -> str:
     """What to give in place of a group that there is not, or that was set to no name; None where nobody knows which."""
-    from hydra import compose, initialize_config_dir
     from omegaconf import DictConfig
 
     command = Path(sys.argv[0]).stem
@@ -208,9 +213,7 @@ def _of_group(key: str | None) -> str:
         return f"{key} is chosen by a name: give {key}= one of {names}, or {place}=null for none."
     if key is None or not (CONF / f"{command}.yaml").exists():
         return f"{key or 'a group'} cannot be set like this, but by one of the names that --help lists."
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose(command, return_hydra_config=True)
-    groups = sorted(group for group in config.hydra.runtime.choices if not group.startswith("hydra"))
+    config, groups = _composed(command)
     if key in groups:
         names = ", ".join(sorted(path.stem for path in (CONF / key).glob("*.yaml")))
         otherwise = "~scheduler for none" if key == "scheduler" else "leave it out"
@@ -219,6 +222,32 @@ def _of_group(key: str | None) -> str:
         parts_of = " or ".join(f"{key}.{part}=…" for part in map(str, parts))
         return f"{key} is no group of {command}.py and cannot be set as a whole: set {parts_of}, or leave it out."
     return f"{key} is no group of {command}.py: leave it out, or choose from {', '.join(groups)}."
+
+
+def _of_nothing_chosen(group: str, setting: str) -> str | None:
+    """What to give where a setting of a group was given and nothing chosen from it; None where it has no such one."""
+    import yaml
+
+    command = Path(sys.argv[0]).stem
+    if not (CONF / f"{command}.yaml").exists() or group not in _composed(command)[1]:
+        return None
+    options = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in sorted((CONF / group).glob("*.yaml"))}
+    names = [name for name, option in options.items() if setting in (option or {})]
+    if not names:
+        return None
+    return (
+        f"{group}.{setting} is set and no {group} is named: name it too, as in {group}={names[0]} "
+        f"{group}.{setting}=…; {group}= with {setting} is one of {', '.join(names)}."
+    )
+
+
+def _composed(command: str) -> "tuple[DictConfig, list[str]]":
+    """The config of a command as it is by itself, and the groups that there are."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(command, return_hydra_config=True)
+    return config, sorted(group for group in config.hydra.runtime.choices if not group.startswith("hydra"))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -32,6 +32,14 @@ def test_a_partial_takes_what_is_missing_later() -> None:
     assert make([torch.nn.Parameter(torch.ones(1))]).defaults["lr"] == 0.5
 
 
+def test_settings_of_nothing_are_refused() -> None:
+    for node in ({"steps": 5}, {}, 5):
+        with pytest.raises(AntherError, match=r"^sampler has no _target_.* sampler=NAME"):
+            build(node, "sampler")
+    with pytest.raises(AntherError, match=r"^logger\.x has no _target_.* logger=NAME"):
+        build({"path": "x"}, "logger.x")
+
+
 HOSTILE = [
     {"_target_": "os.system", "command": "true"},
     {"_target_": "diffusion.samplers.DDIM", "steps": {"_target_": "builtins.eval"}},
