@@ -287,15 +287,19 @@ class Scorers:
         training, space = self.training, self._nearest["space"]
         ours: Matrix
         theirs: Matrix
+        how: dict[str, Any]
         if space == "pixels":
             ours, theirs = _as_vectors(images), _as_vectors(training.pixels)
+            how = {"distance": "L2 of pixels in [0, 1]"}
         else:
             assert features is not None
+            assert self._extractor is not None
             assert self._training_features is not None
             ours, theirs = features.pool, self._training_features
+            how = {"distance": "L2 of Inception features", **self._extractor.protocol}
         distance, position = nearest(ours, theirs)
         protocol = {
-            "distance": "L2 of pixels in [0, 1]" if space == "pixels" else "L2 of Inception features",
+            **how,
             "split": training.split,
             "N_real": len(training.rows),
             "data_digest": training.digest,

@@ -16,6 +16,7 @@ from diffusion.evaluation import scoring
 from diffusion.evaluation.distribution import fid
 from diffusion.evaluation.reals import read_reals
 from diffusion.evaluation.reference import moments
+from diffusion.evaluation.report import split_key
 from diffusion.evaluation.scoring import Scorers
 
 RUN = {"steps": 7}
@@ -79,6 +80,28 @@ def test_every_number_is_that_of_its_image_and_its_reals(data, images, extractor
     chance = torch.from_numpy(ours.logits).double().softmax(1)
     assert scores.columns["inception_entropy"] == pytest.approx((-chance * chance.log()).sum(1).tolist(), rel=1e-4)
     assert RUN.items() <= scores.results["kid_36"].protocol.items()
+
+
+def test_every_protocol_has_all_that_its_number_depends_on(data, images, extractor, full_weights, tmp_path):
+    model = subject(Clip("anther-flowers-32", "embedded", "text"))
+    chosen = config(full_weights, clip=EMBEDDED_CLIP, inception={"split": "val"})
+    made_by = {"seed": 5, "guidance_weight": 2.0, "sampler": {"_target_": "diffusion.samplers.DDIM"}, "steps": 7}
+    scorers = Scorers(chosen, model, data, "cpu")
+    results = scorers.score(images, ["a red rose"] * 36, [None] * 36, made_by, tmp_path).results
+    by_nobody = {"diversity", "diversity_pairs"}  # of the images alone
+    by_clip = {f"clip_score{form}" for form in ("", "_100", "_std")}
+    by_inception = {"fid", "kid", "kid_std", "is", "is_std", "precision", "recall", "realism", "inception_entropy"}
+    found = {split_key(key).name: result.protocol for key, result in results.items()}
+    assert found.keys() == by_nobody | by_clip | by_inception | {"nearest_distance"}
+    for name, protocol in found.items():
+        assert {"N": 36, **made_by}.items() <= protocol.items(), name
+        if name in by_clip:
+            assert {"scorer", "weights_sha256", "preprocess"} <= protocol.keys(), name
+        elif name not in by_nobody:
+            assert extractor.protocol.items() <= protocol.items(), name
+            reals = read_reals(data, "train" if name == "nearest_distance" else "val")
+            of_reals = {"reals": reals.identity, "split": reals.split, "N_real": len(reals.rows)}
+            assert {"data_digest": data.table.digest, **of_reals}.items() <= protocol.items(), name
 
 
 @pytest.mark.slow
