@@ -33,7 +33,10 @@ from diffusion.images import PngFiles, from_uint8
 from diffusion.modules.generator import Generator
 from diffusion.samplers import Sampler
 
-LIBRARIES = ("torch", "torchvision", "lightning", "torchmetrics", "open_clip_torch", "torch-fidelity", "fiftyone")
+LIBRARIES = (
+    *("torch", "torchvision", "lightning", "torchmetrics", "open_clip_torch", "torch-fidelity"),
+    *("fiftyone", "fiftyone-brain", "scikit-learn"),
+)
 
 
 def evaluate(config: Mapping[str, Any], folder: Path) -> float | None:
@@ -311,7 +314,8 @@ def _score(
     if plan.originals is not None:
         scores.add(fidelity(images, plan.originals.pixels), {"psnr": "higher", "ssim": "higher"}, protocol(plan))
     if rows is not None:
-        scores.add(brain.scores(rows, every), {}, protocol(plan))
+        for name, column in brain.scores(rows, every).items():
+            scores.add({name: column}, {}, {"definition": brain.DEFINITIONS[name], **protocol(plan)})
     file_scores(plan, folder, scores.columns)
     (folder / "report.html").unlink(missing_ok=True)
     shutil.rmtree(folder / DATASET, ignore_errors=True)

@@ -27,7 +27,7 @@ import evaluate
 from diffusion import checkpoint, cli
 from diffusion.assets import AssetError, resolve
 from diffusion.build import build
-from diffusion.curation import dataset
+from diffusion.curation import brain, dataset
 from diffusion.errors import AntherError
 from diffusion.evaluation import clip_score, run, scoring, subject
 from diffusion.images import to_uint8
@@ -94,7 +94,8 @@ def test_a_run_leaves_everything_it_promises(evaluated: Path, trained: Path) -> 
     assert run["checkpoint"] == str(trained)
     assert run["guidance_weight"] == 1.0
     assert run["steps"] == 2
-    assert run["versions"].keys() >= {"torch", "open_clip_torch", "torch-fidelity", "fiftyone"}
+    libraries = {"torch", "open_clip_torch", "torch-fidelity", "fiftyone", "fiftyone-brain", "scikit-learn"}
+    assert run["versions"].keys() >= libraries
     score = document["metrics"]["clip_score_8/anther-flowers-32/embedded"]
     assert score["value"] == pytest.approx(frame["clip_score"].mean())
     assert "conditions the model" in score["note"]
@@ -105,6 +106,8 @@ def test_a_run_leaves_everything_it_promises(evaluated: Path, trained: Path) -> 
         assert "8" in key
         assert metric["protocol"]["N"] == 8
         assert made_by.items() <= metric["protocol"].items(), key
+    for name in ("uniqueness", "representativeness_closeness"):
+        assert document["metrics"][f"{name}_8"]["protocol"]["definition"] == brain.DEFINITIONS[name]
     assert run["data_digest"] == document["metrics"]["nearest_distance_8"]["protocol"]["data_digest"]
 
 
