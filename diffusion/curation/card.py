@@ -11,6 +11,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from diffusion.curation import records
+from diffusion.evaluation.distribution import MINIMUM
 from diffusion.evaluation.report import public, read_metrics
 from diffusion.images import from_uint8, read_pngs, sheet
 
@@ -155,7 +156,7 @@ def _metric_rows(metrics: Mapping[str, Mapping[str, Any]]) -> Iterator[Sequence[
 
 
 def _overrides(run: Mapping[str, Any], count: int) -> Iterator[str]:
-    """The settings of evaluate.py that draw the images again, whatever the model's own are."""
+    """The settings of evaluate.py that draw the images again and score them, whatever the model's own are."""
     if run.get("checkpoint"):
         yield f"ckpt={_value(run['checkpoint'])}"
     if run.get("prompts"):
@@ -184,6 +185,32 @@ def _overrides(run: Mapping[str, Any], count: int) -> Iterator[str]:
             yield f"embedding.{key}={_value(value)}"
     if run.get("precision") not in (None, "32-true"):
         yield f"trainer.precision={_value(run['precision'])}"
+    yield from _scoring(run.get("scored_with") or {}, count)
+
+
+def _scoring(scored: Mapping[str, Any], count: int) -> Iterator[str]:
+    """The settings that score the images as they were scored; what scored none is left out, or it might refuse them."""
+    if (clip := scored.get("clip")) is None:
+        yield "clip=null"
+    else:
+        model, _, pretrained = clip["name"].rpartition("/")
+        yield f"clip.model={_value(model)}"
+        yield f"clip.pretrained={_value(pretrained)}"
+    if (inception := scored.get("inception")) is None:
+        yield "inception=null"
+    else:
+        yield f"inception.split={_value(inception['split'])}"
+        yield f"inception.one_channel={_value(inception['one_channel'])}"
+        if min(count, inception["N_real"]) < MINIMUM:
+            yield "inception.few_images=allow"
+    if (near := scored.get("nearest")) is None:
+        yield "nearest=null"
+    else:
+        yield f"nearest.space={_value(near['space'])}"
+        yield f"nearest.split={_value(near['split'])}"
+    if (classifier := scored.get("classifier")) is not None:
+        settings = {"weights": classifier["classifier"], **{key: classifier[key] for key in ("threshold", "split")}}
+        yield f"classifier={_value(settings)}"
 
 
 def _sampler(record: Mapping[str, Any]) -> Iterator[str]:
@@ -244,6 +271,14 @@ def _beside_the_command(run: Mapping[str, Any], overrides: Sequence[str]) -> Ite
             f"The originals are of the training data, digest {text(run.get('data_digest'))}; `data.path=` says "
             "where these lie, if not where they lay in training."
         )
+    scored = run.get("scored_with") or {}
+    clip, classifier = scored.get("clip") or {}, scored.get("classifier") or {}
+    for name, digest in (
+        (str(clip.get("name")).rpartition("/")[2], clip.get("weights")),
+        (str(classifier.get("classifier")), classifier.get("weights_sha256")),
+    ):
+        if Path(name).suffix:
+            yield f"{text(name)} stands for a file of weights, whose sha256 is {text(digest)}."
 
 
 def _run_rows(run: Mapping[str, Any], frame: Any) -> Iterator[Sequence[object]]:

@@ -14,14 +14,16 @@ from hydra import compose, initialize_config_dir
 from markdown_it import MarkdownIt
 from PIL import Image
 
+from datamodules.folders import FolderImages
 from diffusion import settings
-from diffusion.assets import cache_dir
+from diffusion.assets import AssetError, cache_dir, resolve
 from diffusion.conditioning.labels import Labels
 from diffusion.curation.card import SAMPLERS, card, preview, text
 from diffusion.denoiser import Denoiser
 from diffusion.evaluation.distribution import without_fc
 from diffusion.evaluation.report import write_metrics
 from diffusion.evaluation.run import make_plan, protocol
+from diffusion.evaluation.scoring import Scorers
 from diffusion.evaluation.subject import Subject
 from diffusion.modules.diffusion import ClassifierFreeDiffusion, Diffusion
 from diffusion.networks.unet import UNet
@@ -289,6 +291,47 @@ def test_the_command_draws_the_same_images(make, asked, conditional):
     assert any(word.startswith("trainer.precision=") for word in overrides) == (precision != "32-true")
 
 
+@pytest.fixture
+def data(tmp_path, request):
+    """A few pictures of as many channels as asked, in the splits of a data set."""
+    channels = request.param
+    for k in range(30):
+        shape = (28, 28, 3) if channels == 3 else (28, 28)
+        pixels = np.random.default_rng(k).integers(0, 256, shape, dtype=np.uint8)
+        (tmp_path / f"photos/{k % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / f"photos/{k % 2}/{k}.png")
+    split = {"train": 0.5, "val": 0.25, "test": 0.25}
+    photos = FolderImages(path=str(tmp_path / "photos"), size=28, channels=channels, batch_size=2, seed=0, split=split)
+    photos.setup()
+    return photos
+
+
+@pytest.mark.parametrize(
+    ("asked", "conditional", "data"),
+    [
+        (["protocol=demo", "inception.few_images=allow", "num_images=14"], True, 3),
+        (["inception.one_channel=repeat", "inception.few_images=allow", "inception.split=val"], False, 1),
+        (["protocol=mnist", "nearest.split=test", "classifier.split=val"], False, 1),
+        (["protocol=mnist", "classifier.threshold=0.5", "nearest=null"], False, 1),
+        (["clip=null", "inception=null", "nearest=null"], True, 1),
+    ],
+    indirect=["data"],
+)
+def test_the_command_scores_as_the_run_did(make, asked, conditional, data):
+    """Few images and grey ones, which are refused unless something is said, are taken by the command of the card."""
+    one, there = subject(conditional), composed(["ckpt=x", "num_images=14", *asked])
+    if there["inception"] is not None:
+        try:
+            resolve("fid_inception")
+        except AssetError as error:
+            pytest.skip(str(error))
+    recorded = Scorers(there, one, data, "cpu").identity
+    folder = make(prompts=None)
+    write_metrics(folder, {**RUN, "prompts": None, "scored_with": recorded}, {})
+    here = composed(overrides_of(card(folder, "me/flowers", "x", "mit")))
+    assert Scorers(here, one, data, "cpu").identity == recorded
+
+
 @pytest.mark.parametrize(
     ("asked", "named"),
     [
@@ -320,6 +363,13 @@ def test_what_no_override_says_is_said_in_words(make):
         guidance_bad_sha256="d5" * 32
     )
     assert "`model=`" in section(checkpoint="/home/somebody/unet.pth")
+    scorers = {
+        "clip": {"name": "ViT-B-32/mine.safetensors", "weights": "a7" * 32},
+        "classifier": {"classifier": "own.pth", "weights_sha256": "b8" * 32, "threshold": 0.5, "split": "test"},
+    }
+    said = section(scored_with=scorers)
+    assert f"mine.safetensors stands for a file of weights, whose sha256 is {'a7' * 32}." in said
+    assert f"own.pth stands for a file of weights, whose sha256 is {'b8' * 32}." in said
     back = section(prompts=None, reconstruct="val", data_digest="e6" * 32, originals_digest="f7" * 32, seed=None)
     assert "seed=" not in back
     assert composed(overrides_of(back))["reconstruct"] == "val"
