@@ -493,6 +493,39 @@ def test_a_killed_run_goes_on_to_the_same_bytes(ranks: list[str], trained: Path,
 
 
 @pytest.mark.slow
+def test_a_sweep_that_is_killed_in_its_second_job_ends_with_the_same_table(
+    trained: Path, command: Run, tmp_path: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    few = ["num_images=12", "nearest=null", "embedding=null"]
+    words = ["-m", f"ckpt={trained}", *LONG, *few, "guidance.weight=0,1"]
+    done = command("evaluate.py", *words, f"hydra.sweep.dir={whole}")
+    assert done.returncode == 0, done.stderr
+    again = [sys.executable, "evaluate.py", *words, f"hydra.sweep.dir={killed}"]
+    # With as many threads as `command` has, since sums are then rounded alike.
+    with subprocess.Popen(again, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        try:
+            while not list(killed.glob("1/images/*.png")) and process.poll() is None:
+                time.sleep(0.02)
+        finally:
+            process.kill()
+    assert process.returncode == -signal.SIGKILL
+    first = (killed / "0" / "metrics.json").read_bytes()
+    assert 0 < len(list(killed.glob("1/images/*.png"))) < 12, "it was killed too late to show anything"
+    assert not (killed / "sweep.csv").exists()
+    done = command("evaluate.py", *words, f"hydra.sweep.dir={killed}")
+    assert done.returncode == 0, done.stderr
+    assert (killed / "0" / "metrics.json").read_bytes() == first
+    # Of a process that has not drawn the first job the memory lies otherwise: equal to the rounding of sums.
+    one, other = (pd.read_csv(sweep / "sweep.csv") for sweep in (whole, killed))
+    assert list(other["guidance.weight"]) == [0, 1]
+    pd.testing.assert_frame_equal(one, other, rtol=1e-3)
+    for path in (whole / "1" / "images").iterdir():
+        there, here = (np.asarray(Image.open(p), dtype=int) for p in (path, killed / "1" / "images" / path.name))
+        assert np.abs(there - here).max() <= 1
+
+
+@pytest.mark.slow
 def test_three_ranks_make_the_same_files_and_the_same_numbers(trained: Path, evaluated: Path, tmp_path: Path) -> None:
     """Three chunks, of three, three and two images."""
     folder = tmp_path / "run"
