@@ -23,7 +23,8 @@ from datamodules.augment import FlipCrop
 from datamodules.base import EpochSampler, ImageDataModule, ImageTable
 from datamodules.drawn import draw
 from diffusion.denoiser import Denoiser
-from diffusion.modules.diffusion import TRAINING, draw_training
+from diffusion.modules.diffusion import draw_training
+from diffusion.rng import TRAINING
 from diffusion.schedules import Linear
 
 TURNS = 5

@@ -66,9 +66,9 @@ from diffusion.allocator import keep_freed_memory
 from diffusion.build import build
 from diffusion.denoiser import Denoiser
 from diffusion.images import from_uint8
-from diffusion.modules.diffusion import TRAINING, Diffusion, draw_training
+from diffusion.modules.diffusion import Diffusion, draw_training
 from diffusion.networks.layout import lay_out
-from diffusion.rng import generator
+from diffusion.rng import TRAINING, generator
 from diffusion.samplers import DDPM
 from diffusion.schedules import Linear
 from diffusion.training import _parts
@@ -280,15 +280,15 @@ def be_quiet() -> None:
 
 
 def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else "demo"
-    batch_size = int(sys.argv[2]) if len(sys.argv) > 2 else 32
-    peers_alone = sys.argv[3:] == ["peers"]
+    words = [word for word in sys.argv[1:] if word != "peers"]
+    name = words[0] if words else "demo"
+    batch_size = int(words[1]) if len(words) > 1 else 32
     torch.set_num_threads(1)
     keep_freed_memory()
     one_arena()
     be_quiet()
     with tempfile.TemporaryDirectory() as folder:
-        measure(name, batch_size, peers_alone, Path(folder))
+        measure(name, batch_size, "peers" in sys.argv, Path(folder))
 
 
 def measure(name: str, batch_size: int, peers_alone: bool, folder: Path) -> None:
@@ -300,11 +300,11 @@ def measure(name: str, batch_size: int, peers_alone: bool, folder: Path) -> None
     loss = bare.denoiser.loss(x_0, (t + 1).double() / T, eps).mean().item()
     ours.check(loss, TOLERANCES["32-true"])
     peers = Apart(make_peers, name, batch_size, folder / "peers", loss)
-    kinds = {"ours, bf16": ("bf16-mixed", True)} if has_bf16() else {}
-    kinds["ours, allocator untouched"] = ("32-true", False)
+    kinds = {"ours, bf16": ("bf16", "bf16-mixed", True)} if has_bf16() else {}
+    kinds["ours, allocator untouched"] = ("untouched", "32-true", False)
     others = {
-        side: Apart(make_ours, name, batch_size, folder / side, precision, keep, loss)
-        for side, (precision, keep) in ({} if peers_alone else kinds).items()
+        side: Apart(make_ours, name, batch_size, folder / part, precision, keep, loss)
+        for side, (part, precision, keep) in ({} if peers_alone else kinds).items()
     }
     sides: dict[str, Callable[[int], float]] = {
         "ours": lambda steps: timed(ours.run, steps)[0] / steps,

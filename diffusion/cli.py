@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CONF = Path(__file__).parents[1] / "conf"
 RESULT = "result.json"
 SECONDS = "seconds"
-UNTIL = "until"
+UNTIL = "limits_sha256"
 
 # What others call this and do otherwise.
 UNSUPPORTED = ("trainer/fsdp", "trainer/deepspeed", "trainer/ddp_spawn")
@@ -193,11 +193,8 @@ def _nameless(word: str) -> str | None:
 
     key, _, value = word.lstrip("+").partition("=")
     try:
-        return (
-            key
-            if (CONF / key.partition("@")[0]).is_dir() and not isinstance(yaml.safe_load(value), str | list | dict)
-            else None
-        )
+        named = isinstance(yaml.safe_load(value), str | list | dict)
+        return key if (CONF / key.partition("@")[0]).is_dir() and not named else None
     except (OSError, yaml.YAMLError):  # another word, which is not that one
         return None
 
@@ -210,7 +207,8 @@ def _of_group(key: str | None) -> str:
     group, at, place = (key or "").partition("@")
     if at and (CONF / group).is_dir():
         names = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
-        return f"{key} is chosen by a name: give {key}= one of {names}, or {place}=null for none."
+        otherwise = f"{place}=null for none" if group == "augment" else "leave it out"
+        return f"{key} is chosen by a name: give {key}= one of {names}, or {otherwise}."
     if key is None or not (CONF / f"{command}.yaml").exists():
         return f"{key or 'a group'} cannot be set like this, but by one of the names that --help lists."
     config, groups = _composed(command)
@@ -231,7 +229,9 @@ def _of_nothing_chosen(group: str, setting: str) -> str | None:
     command = Path(sys.argv[0]).stem
     if not (CONF / f"{command}.yaml").exists() or group not in _composed(command)[1]:
         return None
-    options = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in sorted((CONF / group).glob("*.yaml"))}
+    files = {path.stem: path.read_text("utf-8") for path in sorted((CONF / group).glob("*.yaml"))}
+    # What is of the whole config, as an experiment, has no settings under its own name.
+    options = {name: yaml.safe_load(text) for name, text in files.items() if not text.startswith("# @package _global_")}
     names = [name for name, option in options.items() if setting in (option or {})]
     if not names:
         return None
@@ -290,7 +290,7 @@ def read_result(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | Non
     value = "null" if objective is None else f"{objective:.4g}"
     longer = "raise trainer.max_steps or trainer.max_epochs"
     if by_itself:
-        longer = "change what ended it, which was trainer.max_time or a callback"
+        longer = "change what ended it, trainer.max_time or a callback, or set trainer.max_epochs"
     print(
         f"{folder} is finished: {steps} steps, {epochs} epochs, {record['metric']} = {value}. To train longer "
         f"{longer}; to train anew choose another hydra.run.dir."

@@ -105,14 +105,9 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Removes what another request left in the folder, which its record names: its images would pass for these."""
-    record = folder / "samples.json"
-    if not record.exists():
-        return
-    try:
-        files = [str(image["file"]) for image in json.loads(record.read_text())["images"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AntherError(f"{record} is damaged: delete it, or choose another hydra.run.dir.") from error
-    for file in (*(file for file in files if re.fullmatch(r"images/\d{5,}\.png", file)), "trajectory.gif"):
-        (folder / file).unlink(missing_ok=True)
-    record.unlink()
+    """Removes what another request left in the folder, whole or killed: its images would pass for these."""
+    for path in (folder / "images").glob("*.png"):
+        if re.fullmatch(r"\d{5,}", path.stem):
+            path.unlink()
+    for name in ("samples.json", "trajectory.gif"):
+        (folder / name).unlink(missing_ok=True)

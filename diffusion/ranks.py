@@ -181,7 +181,9 @@ def learnt(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that make a training another."""
     elsewhere = ("path", "num_workers")  # where the data lie, and how fast they come
     data = {key: value for key, value in (config.get("data") or {}).items() if key not in elsewhere}
-    return {"seed": config.get("seed"), "data": data, "module": config.get("module")}
+    # A module that tells of no seed of its own is of before it had one.
+    module = {"seed": config.get("seed"), **(config.get("module") or {})}
+    return {"seed": config.get("seed"), "data": data, "module": module}
 
 
 # Nobody starts processes ----------------------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from diffusion.errors import AntherError
 
+# First number of the keys of a training, so that what they are for never shares a stream.
+TRAINING, VALIDATION, LAYERS = 0, 1, 2
+
 
 def generator(*key: int) -> torch.Generator:
     """A CPU generator that is a function of its key alone.

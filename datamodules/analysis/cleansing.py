@@ -112,8 +112,8 @@ def find(table: ImageTable, measured: Measured, side: int, limits: Limits, reaso
     alike = {finding.name for finding in found if finding.reason == "exact_duplicate"}
     left = order[~frame["name"].iloc[order].isin(alike).to_numpy()]
     for kept, gone, value in near_twins(table, frame["row"].to_numpy()[left], measured.hashes[left], limits):
-        details_of = f"differs by {value:.1f} of 255"
-        found.append(_twin(frame, "near_duplicate", details_of, int(left[kept]), int(left[gone])))
+        difference = f"differs by {value:.1f} of 255"
+        found.append(_twin(frame, "near_duplicate", difference, int(left[kept]), int(left[gone])))
     return found
 
 
@@ -175,7 +175,8 @@ def near_twins(
 ) -> Iterator[tuple[int, int, float]]:
     """Positions (stays, goes) in `rows` of images that show the same picture; no two that stay do.
 
-    What went is compared with nothing more, so thousands of pictures of one kind cost as much as one of them.
+    What went is compared with nothing more, so thousands of copies of one picture are as many comparisons, and as many
+    pairs.
 
     Args:
         table: the data set.

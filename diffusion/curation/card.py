@@ -272,7 +272,10 @@ def _beside_the_command(run: Mapping[str, Any], overrides: Sequence[str]) -> Ite
             "where these lie, if not where they lay in training."
         )
     scored = run.get("scored_with") or {}
-    clip, classifier = scored.get("clip") or {}, scored.get("classifier") or {}
+    clip, inception, classifier = (scored.get(part) or {} for part in ("clip", "inception", "classifier"))
+    if inception:
+        digest = text(inception.get("weights_sha256"))
+        yield f"The Inception is that with sha256 {digest}; `inception.weights=` takes a file of it."
     for name, digest in (
         (str(clip.get("name")).rpartition("/")[2], clip.get("weights")),
         (str(classifier.get("classifier")), classifier.get("weights_sha256")),

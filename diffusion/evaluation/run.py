@@ -341,7 +341,8 @@ def _track(config: Mapping[str, Any], folder: Path) -> None:
     from diffusion.evaluation.track import track
     from diffusion.loggers import finish
 
-    if loggers := [build(node, f"logger.{name}") for name, node in (config["logger"] or {}).items()]:
+    nodes = (config["logger"] or {}).items()
+    if loggers := [build(node, f"logger.{name}") for name, node in nodes if node]:
         track(folder, loggers)
         finish(loggers)
 

@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 
 from diffusion.errors import AntherError
 from diffusion.guidance import Guidance
-from diffusion.modules.generator import TRAINING, VALIDATION, Generator
+from diffusion.modules.generator import Generator
 from diffusion.modules.learning_rate import MakeScheduler
 from diffusion.networks.autoencoders import VAE, Autoencoder
-from diffusion.rng import ImageRNG, generator
+from diffusion.rng import TRAINING, VALIDATION, ImageRNG, generator
 from diffusion.samplers import Hook, Sampler
 
 Loss = Literal["bce", "mse", "l1"]
@@ -129,7 +129,6 @@ class VariationalAutoencoder(Generator):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Mean loss of the batch; z is drawn by (seed, step, place), see `Generator.places`."""
-        self.seed_layers(self.seed, batch_idx)
         images = batch["image"]
         key = (TRAINING, self.seed, self.trainer.global_step)
         _, places = self.places(len(images), batch_idx)

@@ -8,9 +8,9 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from diffusion.errors import AntherError
+from diffusion.modules.base import Module
 from diffusion.modules.epoch_mean import epoch_mean
 from diffusion.modules.learning_rate import MakeScheduler
-from diffusion.modules.validated import Validated
 from diffusion.networks.classifier import LeNet
 
 Loss = Literal["cross_entropy", "focal"]
@@ -33,7 +33,7 @@ def focal_loss(logits: Tensor, labels: Tensor, gamma: float) -> Tensor:
     return -((1 - log_p.exp()) ** gamma) * log_p
 
 
-class Classification(Validated):
+class Classification(Module):
     """A classifier of the data module's images.
 
     Logs `train/loss`, `val/loss` and `val/accuracy`.
@@ -42,7 +42,7 @@ class Classification(Validated):
         network: what is trained.
         optimizer: parameters -> optimizer.
         scheduler: (optimizer, total_steps) -> Lightning's `lr_scheduler` config; see `modules.learning_rate`.
-        seed: of dropout.
+        seed: of dropout's masks.
         loss: cross_entropy, or focal, which weighs samples down that are classified well already.
         gamma: how strongly focal does so.
     """
@@ -56,12 +56,11 @@ class Classification(Validated):
         loss: Loss = "cross_entropy",
         gamma: float = 2.0,
     ) -> None:
-        super().__init__()
+        super().__init__(seed)
         if loss not in ("cross_entropy", "focal"):
             raise AntherError(f"module.loss is cross_entropy or focal, not {loss!r}.")
         if gamma < 0:
             raise AntherError(f"module.gamma={gamma} must be 0 or more.")
-        self.seed = seed
         self.network = network
         self.loss, self.gamma = loss, gamma
         # The resolved config of the run; the entry point sets it, checkpoints carry it.
@@ -106,7 +105,6 @@ class Classification(Validated):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """The mean loss of a batch."""
-        self.seed_layers(self.seed, batch_idx)
         labels = batch["label"]
         loss = self.losses(self.network(batch["image"]), labels).mean()
         self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(labels), sync_dist=True)

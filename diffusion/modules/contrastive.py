@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from diffusion.errors import AntherError
 from diffusion.files import atomic
 from diffusion.images import from_uint8
+from diffusion.modules.base import Module
 from diffusion.modules.epoch_mean import epoch_mean
 from diffusion.modules.learning_rate import MakeScheduler
-from diffusion.modules.validated import Validated
 
 # Images reach the model as they are in a batch, in [-1, 1].
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -45,7 +45,7 @@ def soft_contrastive_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tens
     return (by_image + by_text) / 2
 
 
-class Contrastive(Validated):
+class Contrastive(Module):
     """A CLIP of `open_clip` trained from nothing on the pictures and captions of the data module.
 
     Logs `train/loss`, `val/loss` and `val/retrieval`: the share of validation images whose own caption is the nearest
@@ -57,6 +57,7 @@ class Contrastive(Validated):
         optimizer: groups of parameters -> optimizer; its weight decay is that of matrices, for vectors, embeddings and
             the temperature have none.
         scheduler: (optimizer, total_steps) -> Lightning's `lr_scheduler` config; see `modules.learning_rate`.
+        seed: of what `patch_dropout` leaves out.
         name: what the exported model is called.
         file_name: of the export, in the run folder.
     """
@@ -67,10 +68,11 @@ class Contrastive(Validated):
         model_cfg: Mapping[str, Any],
         optimizer: Callable[[Iterable[dict[str, Any]]], Optimizer],
         scheduler: MakeScheduler | None = None,
+        seed: int = 0,
         name: str = "anther-flowers-32",
         file_name: str = "flowers_clip.safetensors",
     ) -> None:
-        super().__init__()
+        super().__init__(seed)
         from open_clip import CLIP
 
         self.model_cfg = json.loads(json.dumps(model_cfg))  # plain and our own

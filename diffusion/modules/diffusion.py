@@ -12,10 +12,10 @@ from diffusion.denoiser import Denoiser, Predictor
 from diffusion.errors import AntherError
 from diffusion.guidance import AutoGuidance, ClassifierFree, Guidance
 from diffusion.modules.epoch_mean import epoch_mean
-from diffusion.modules.generator import TRAINING, VALIDATION, Generator
+from diffusion.modules.generator import Generator
 from diffusion.modules.learning_rate import MakeScheduler
 from diffusion.networks.layout import lay_out
-from diffusion.rng import ImageRNG, generator
+from diffusion.rng import TRAINING, VALIDATION, ImageRNG, generator
 from diffusion.samplers import Hook, Sampler
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -142,7 +142,7 @@ class Diffusion(Generator):
     def setup(self, stage: str) -> None:
         """Holds the data against the network before the first hour is spent."""
         datamodule = getattr(self.trainer, "datamodule", None)
-        network = self.denoiser.network
+        network: Any = self.denoiser.network
         if datamodule is None or not hasattr(network, "img_ch"):
             return
         channels, height, _ = datamodule.image_shape
@@ -153,9 +153,10 @@ class Diffusion(Generator):
             )
         told = getattr(getattr(datamodule, "augment", None), "width", 0)
         if told and told != self.augment_dim:
+            width = told if self.conditioner is None else network.c_embed_dim - self.augment_dim + told
             raise AntherError(
                 f"the augmentation tells the network {told} numbers of each image, and module.augment_dim is "
-                f"{self.augment_dim}: set module.augment_dim={told} and make network.c_embed_dim wider by as much."
+                f"{self.augment_dim}: set module.augment_dim={told} network.c_embed_dim={width}."
             )
         if self.conditioner is None and self.augment_dim and self.augment_dim != network.c_embed_dim:
             raise AntherError(
@@ -172,9 +173,8 @@ class Diffusion(Generator):
 
         Noise, times and what is dropped are a function of (seed, step, place), where a sample's place is that in the
         batch of the optimizer's step. The same batch on other numbers of devices, or gathered over several
-        accumulated batches, trains the same network, unless its layers draw too: see `seed_layers`.
+        accumulated batches, trains the same network, unless its layers draw too: see `Module`.
         """
-        self.seed_layers(self.seed, batch_idx)
         x_0 = batch["image"]
         draws = self._draws(len(x_0), batch_idx, x_0.shape[1:])
         t = draws.t.to(x_0.device)

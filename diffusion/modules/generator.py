@@ -11,15 +11,12 @@ from torch.optim import Optimizer
 from diffusion.conditioning.base import Conditioner
 from diffusion.errors import AntherError
 from diffusion.guidance import Guidance
+from diffusion.modules.base import Module
 from diffusion.modules.learning_rate import MakeScheduler
-from diffusion.modules.validated import Validated
 from diffusion.samplers import Hook, Sampler
 
-# First number of a generator's key, so that training and validation never share a stream.
-TRAINING, VALIDATION = 0, 1
 
-
-class Generator(Validated, ABC):
+class Generator(Module, ABC):
     """A LightningModule that draws images by seed, and owns one network.
 
     Args:
@@ -44,8 +41,7 @@ class Generator(Validated, ABC):
         scheduler: MakeScheduler | None,
         seed: int,
     ) -> None:
-        super().__init__()
-        self.seed = seed
+        super().__init__(seed)
         self.config: dict[str, Any] = {}
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
@@ -144,8 +140,7 @@ class Generator(Validated, ABC):
         """Where this process's n samples stand in the batch of the optimizer's step.
 
         What is drawn for a sample is a function of (seed, step, place), so the same batch on other numbers of devices,
-        or gathered over several accumulated batches, trains the same network; what layers draw is not, see
-        `seed_layers`.
+        or gathered over several accumulated batches, trains the same network, unless its layers draw, too.
 
         Args:
             n: samples of this process's batch.

@@ -40,7 +40,7 @@ def warmup_cosine(
 
     Args:
         optimizer: whose rate moves.
-        total_steps: optimizer steps of the whole run.
+        total_steps: optimizer steps of the whole run; None where nobody knows.
         warmup_steps: optimizer steps.
         final: share of the rate at the end, in [0, 1].
 

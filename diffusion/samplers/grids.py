@@ -82,7 +82,7 @@ def _spaced(
     times[0] = 1
     if not bool((noise_level(schedule, times).diff() < 0).all()):
         raise AntherError(
-            f"{n} steps on this sampler.grid lie so close that times on this schedule of T = {schedule.T} do not tell "
-            "them apart: take fewer sampler.steps, or sampler.grid=trailing."
+            f"{n} steps are too many for this sampler.grid on this schedule of T = {schedule.T}, some would fall on "
+            "one time: take fewer sampler.steps, or sampler.grid=trailing."
         )
     return times

@@ -66,7 +66,7 @@ def module(conditional: bool = True, lr: float = 1e-3, scheduler: Any = None, T:
     return Diffusion(denoiser, sampler, optimizer, scheduler)
 
 
-def nervous_plateau(optimizer: torch.optim.Optimizer, total_steps: int) -> dict[str, Any]:
+def nervous_plateau(optimizer: torch.optim.Optimizer, total_steps: int | None) -> dict[str, Any]:
     """Lowers the rate after every epoch whose loss fell, so that each missed call shows."""
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.7, patience=0)
     return {"scheduler": scheduler, "monitor": "val/loss", "interval": "epoch", "strict": False}

@@ -43,6 +43,7 @@ def test_another_request_in_the_same_folder_leaves_nothing_of_the_one_before(
     (tmp_path / "run" / "images" / "mine.png").write_bytes(b"")
     common = [f"ckpt={trained}", "prompts=[a red rose]", "sampler.steps=2"]
     call("sample.py", *common, "num_images=3", "gif=true")
+    (tmp_path / "run" / "samples.json").unlink()  # as of one that was killed while it wrote
     folder = call("sample.py", *common, "num_images=2")
     assert {path.name for path in (folder / "images").iterdir()} == {"00000.png", "00001.png", "mine.png"}
     assert not (folder / "trajectory.gif").exists()

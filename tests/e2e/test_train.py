@@ -101,7 +101,7 @@ def test_a_run_that_a_callback_ended_is_finished_until_that_is_changed(
     capfd.readouterr()
     call("train.py", *quick, "trainer.max_steps=60", folder=folder)
     assert "is finished: 16 steps, 2 epochs" in (printed := capfd.readouterr().out)
-    assert "change what ended it, which was trainer.max_time or a callback" in printed
+    assert "change what ended it, trainer.max_time or a callback" in printed
     assert (folder / "result.json").read_text() == result
     patient = [word.replace("patience=1", "patience=2") for word in quick]
     call("train.py", *patient, "trainer.max_steps=60", folder=folder)

@@ -16,12 +16,11 @@ from diffusion.errors import AntherError
 from diffusion.guidance import AutoGuidance, Guidance
 from diffusion.modules.diffusion import ClassifierFreeDiffusion, Diffusion, draw_times, draw_training
 from diffusion.networks.unet import UNet
-from diffusion.rng import ImageRNG, generator
+from diffusion.rng import TRAINING, VALIDATION, ImageRNG, generator
 from diffusion.samplers import DDIM, DDPM
 from diffusion.schedules import Linear
 
 T, N, CLASSES = 20, 10, ("daisy", "roses", "tulips")
-TRAINING, VALIDATION = 0, 1
 
 
 class Watched(Denoiser):
@@ -102,8 +101,9 @@ def test_what_layers_draw_is_a_function_of_seed_step_part_and_rank():
 
     def drawn(seed=0, step=0, batch=0, rank=0, state=1):
         torch.manual_seed(state)  # another process, or one that goes on, has another
+        module.seed = seed
         module._trainer = SimpleNamespace(accumulate_grad_batches=2, global_step=step, global_rank=rank)
-        module.seed_layers(seed, batch)
+        module.on_train_batch_start(None, batch)
         return torch.rand(()).item()
 
     assert drawn(step=3, batch=1) == drawn(step=3, batch=1, state=2) == drawn(step=3, batch=3)

@@ -113,5 +113,5 @@ def test_too_short_a_schedule_is_refused():
 
 
 def test_steps_that_the_schedule_cannot_tell_apart_are_refused():
-    with pytest.raises(AntherError, match=r"900 steps .* T = 400 .* fewer sampler.steps"):
+    with pytest.raises(AntherError, match=r"900 steps .* T = 400, .* fewer sampler.steps"):
         karras(Cosine(400), 900)

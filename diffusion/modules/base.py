@@ -1,4 +1,4 @@
-"""What the modules share: what they know of their validation, of a run's length, and of what layers draw."""
+"""What all modules share: a run's length, what their layers draw, and what they know of their validation."""
 
 import math
 from typing import Any
@@ -8,29 +8,46 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from diffusion.modules.learning_rate import MONITOR
-from diffusion.rng import generator
-
-# First number of a key, so that layers never share a stream with noise and times.
-LAYERS = 2
+from diffusion.rng import LAYERS, generator
 
 UNSEEN = "unseen_val_loss"
 """In a checkpoint: the loss of a validation within the running epoch, which no plateau scheduler has seen yet."""
 
 
-class Validated(lightning.LightningModule):
-    """A LightningModule that knows when it was validated, and whose plateau scheduler sees each loss once.
+class Module(lightning.LightningModule):
+    """A LightningModule that goes on after an interruption as if there had been none.
 
-    Lightning shows it the last value after every epoch, however old, and in a resumed process none: it would lose
-    patience over epochs that were not validated, and not the same after an interruption.
+    Its layers draw the same in every process. It knows when it was validated, and its plateau scheduler sees each loss
+    once: Lightning shows it the last value after every epoch, however old, and in a resumed process none, so that it
+    would lose patience over epochs that were not validated, and not the same after an interruption.
+
+    Args:
+        seed: of everything that is drawn in training.
 
     Attributes:
         validated_at: optimizer steps at the end of the last validation in this process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int) -> None:
         super().__init__()
+        self.seed = seed
         self.validated_at = -1
         self._unseen: float | None = None
+
+    @property
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole run; None where neither steps nor epochs are limited."""
+        steps = self.trainer.estimated_stepping_batches
+        return None if math.isinf(steps) else int(steps)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seeds what layers draw from in training, as dropout does, which takes no generator of its own.
+
+        Their draws are then a function of (seed, step, batch within the step, rank): the same in a process that goes on
+        from a checkpoint; others on other numbers of devices, or where batches are accumulated.
+        """
+        part = batch_idx % self.trainer.accumulate_grad_batches
+        torch.manual_seed(generator(LAYERS, self.seed, self.global_step, part, self.global_rank).initial_seed())
 
     def on_validation_end(self) -> None:
         """Notes which weights the validation loss belongs to, and that there is something new to see."""
@@ -57,22 +74,3 @@ class Validated(lightning.LightningModule):
         """Puts the loss where Lightning looks for it: an earlier process took it in this epoch."""
         if self._unseen is not None:
             self.trainer.callback_metrics[MONITOR] = torch.tensor(self._unseen)
-
-    @property
-    def total_steps(self) -> int | None:
-        """Optimizer steps of the whole run; None where neither steps nor epochs are limited."""
-        steps = self.trainer.estimated_stepping_batches
-        return None if math.isinf(steps) else int(steps)
-
-    def seed_layers(self, seed: int, batch_idx: int) -> None:
-        """Seeds what layers draw from in training, as dropout does, which takes no generator of its own.
-
-        Their draws are then a function of (seed, step, part of the step, rank): the same in a process that goes on from
-        a checkpoint. On other numbers of devices they are others.
-
-        Args:
-            seed: of the run.
-            batch_idx: of the batch in its epoch.
-        """
-        part = batch_idx % self.trainer.accumulate_grad_batches
-        torch.manual_seed(generator(LAYERS, seed, self.global_step, part, self.global_rank).initial_seed())
