@@ -34,6 +34,8 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
         AntherError: any fault that the user can mend.
     """
     check_seed(config["seed"])
+    if (folder / "records.parquet").exists():
+        raise AntherError(f"{folder} holds an evaluation and its images: choose another hydra.run.dir.")
     per_prompt, prompts = config["num_images"], config["prompts"]
     for name in ("num_images", "batch_size"):
         if config[name] < 1:
@@ -107,7 +109,7 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
 def _clear(folder: Path) -> None:
     """Removes what another request left in the folder, whole or killed: its images would pass for these."""
     for path in (folder / "images").glob("*.png"):
-        if re.fullmatch(r"\d{5,}", path.stem):
+        if re.fullmatch(r"\d{5}|[1-9]\d{5,}", path.stem):
             path.unlink()
     for name in ("samples.json", "trajectory.gif"):
         (folder / name).unlink(missing_ok=True)

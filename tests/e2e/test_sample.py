@@ -49,6 +49,12 @@ def test_another_request_in_the_same_folder_leaves_nothing_of_the_one_before(
     assert not (folder / "trajectory.gif").exists()
 
 
+def test_the_folder_of_an_evaluation_is_left_alone(trained: Path, refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "records.parquet").write_bytes(b"")
+    assert "holds an evaluation" in refused("sample.py", f"ckpt={trained}", "prompts=[a red rose]")
+
+
 def test_an_image_is_a_function_of_its_seed_in_any_batch_split(trained: Path, call: Call, tmp_path: Path) -> None:
     common = [f"ckpt={trained}", "prompts=[a red rose]", "sampler=ddpm", "sampler.steps=3"]
     three = call("sample.py", *common, "num_images=3", "batch_size=2", folder=tmp_path / "three")
