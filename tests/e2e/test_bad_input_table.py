@@ -116,7 +116,7 @@ TRAIN: list[tuple[list[str], list[str]]] = [
     ([*TINY, "augment@data.augment=nonleaking"], ["7 numbers", "set module.augment_dim=7 network.c_embed_dim=71"]),
     ([*TINY, "augment@data.augment=null"], ["one of affine, flip, nonleaking, or data.augment=null"]),
     ([*TINY, "module=unconditional", "module.augment_dim=7"], ["set network.c_embed_dim=7"]),
-    ([*TINY, "experiment.name=x"], ["experiment"]),
+    ([*TINY, "experiment.name=x"], ["there is no setting experiment: the config has"]),
     ([*TINY, "scheduler=null"], ["one of plateau, warmup_cosine, or ~scheduler for none"]),
     ([*TINY, "trainer.max_steps=-1", "trainer.max_time=00:01:00:00"], ["scheduler=warmup_cosine", "trainer.max_steps"]),
     ([*TINY, "sampler.steps=0"], ["steps"]),
