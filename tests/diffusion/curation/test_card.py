@@ -20,6 +20,7 @@ from diffusion.assets import AssetError, cache_dir, resolve
 from diffusion.conditioning.labels import Labels
 from diffusion.curation.card import SAMPLERS, card, preview, text
 from diffusion.denoiser import Denoiser
+from diffusion.evaluation import scoring
 from diffusion.evaluation.distribution import without_fc
 from diffusion.evaluation.report import write_metrics
 from diffusion.evaluation.run import make_plan, protocol
@@ -330,6 +331,18 @@ def test_the_command_scores_as_the_run_did(make, asked, conditional, data):
     write_metrics(folder, {**RUN, "prompts": None, "scored_with": recorded}, {})
     here = composed(overrides_of(card(folder, "me/flowers", "x", "mit")))
     assert Scorers(here, one, data, "cpu").identity == recorded
+
+
+@pytest.mark.parametrize("data", [3], indirect=True)
+def test_the_command_leaves_out_the_inception_that_was_missing(make, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "load_extractor", lambda *_: resolve(str(tmp_path / "nowhere.pth")))
+    few = ["num_images=14", "clip=null", "nearest=null", "inception.few_images=allow"]
+    there = composed(["ckpt=x", *few, "inception.missing=leave_out"])
+    recorded = Scorers(there, subject(True), data, "cpu").identity
+    folder = make(prompts=None)
+    write_metrics(folder, {**RUN, "prompts": None, "scored_with": recorded}, {})
+    here = composed(overrides_of(card(folder, "me/flowers", "x", "mit")))
+    assert Scorers(here, subject(True), data, "cpu").identity == recorded
 
 
 @pytest.mark.parametrize(
