@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench bench-full clean
 
 demo: $(READY) ## train a small text-to-image model on drawn flowers, draw from it, evaluate it (minutes, no account)
 	$(BIN)/python train.py experiment=demo hydra.run.dir=runs/demo $(DEMO) || \
@@ -33,8 +33,19 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: demo ## ratios against peers, side by side
+bench: demo ## ratios against peers, side by side, on small networks and few images
 	for script in $$(grep -l __main__ benchmarks/*.py); do $(BIN)/python -m benchmarks.$$(basename $$script .py) || exit 1; done
+
+# On docs/performance.md's machine an hour; the second line takes 17 GB.
+bench-full: demo ## the tables of docs/performance.md and docs/samplers.md: the published network, hundreds of images
+	$(BIN)/python -m benchmarks.train_step flowers 32
+	$(BIN)/python -m benchmarks.train_step flowers 128 --turns 4 --peers
+	$(BIN)/python -m benchmarks.guided_sampling flowers
+	$(BIN)/python -m benchmarks.evaluate --images 500
+	$(BIN)/python -m benchmarks.sweep --images 500 --reals 1000
+	$(BIN)/python -m benchmarks.memory --images 500 5000 50000
+	$(BIN)/python -m benchmarks.solvers --rows all --images 48 --picture runs/samplers.png
+	for script in loader startup training_choices; do $(BIN)/python -m benchmarks.$$script || exit 1; done
 
 clean: ## remove the environment
 	rm -rf .venv

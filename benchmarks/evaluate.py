@@ -1,11 +1,12 @@
 """Scoring a folder of images: this project against torch-fidelity, and against the course's way, an image at a time.
 
-Comparisons of the same files, in turns of half of the images; the reals' features are ready:
+Comparisons of the same files, in turns of other images, there and back over the sides; the reals' features are ready:
 
-    ours             what evaluate.py does, from files to CLIP score, FID, KID, precision, recall, diversity, nearest
-                     image, realism, and the Inception Score and entropy where the weights have the last layer; with
-                     and without glibc's allocator set to keep freed memory, as our commands set it
-    torch-fidelity   `calculate_metrics` with FID, KID, precision, recall (and the Inception Score); no CLIP
+    ours             what evaluate.py does, from files to CLIP score, FID, KID, Inception Score and entropy, precision,
+                     recall, diversity, nearest image and realism; with and without CLIP, and with and without glibc's
+                     allocator set to keep freed memory, as our commands set it
+    torch-fidelity   `calculate_metrics` with FID, KID, Inception Score, precision and recall; no CLIP. It builds its
+                     network in each call, half a second here; ours is loaded once
     one by one       CLIP score and Inception features of one image per call, then the guide's formula of FID with
                      `scipy.linalg.sqrtm`; as the guide is written, `calculate_clip_score` also loads CLIP for each
                      image. Timed on 8 images and one loading; the cost of all is that times their number.
@@ -15,9 +16,11 @@ and after all. Seconds are CPU seconds, of children too, since machines are shar
 all sides, since threads that wait for each other on a busy machine use seconds too. The last two have a process of
 their own, since what ours sets for a whole process would help them too; ours with the allocator untouched has another.
 
-Without `--clip` the CLIP has the guide's architecture, ViT-B-32, and random weights: what it costs is the same.
+Without `--clip` the CLIP has the guide's architecture, ViT-B-32, and random weights: what it costs is the same. So has
+the last layer of the Inception where only the weights without it are to be had, on all sides: the Inception Scores are
+compared, and mean nothing.
 
-    python -m benchmarks.evaluate [--images 64] [--clip MODEL PRETRAINED]
+    python -m benchmarks.evaluate [--images 32] [--turns 2] [--clip MODEL PRETRAINED]
 """
 
 import argparse
@@ -27,6 +30,7 @@ import statistics
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +43,7 @@ from PIL import Image
 from threadpoolctl import threadpool_limits
 
 from benchmarks.apart import Apart, timed
+from benchmarks.where import print_where
 from datamodules.drawn import DrawnFlowers
 from diffusion.allocator import keep_freed_memory
 from diffusion.assessment import calculate_clip_score, calculate_fid
@@ -51,19 +56,20 @@ from diffusion.evaluation.scoring import Scorers, load_clip_scorer
 from diffusion.images import PngFiles, from_uint8, read_pngs, save_png
 from diffusion.rng import generator
 
-REALS, TURNS, FEW = 32, 2, 8
+REALS, FEW = 32, 8
 
 
 @dataclass
 class Task:
-    """What both sides score: the files and their prompts, of `n` images in all."""
+    """What both sides score: the files and their prompts, of `n` images in all, with the weights of an Inception."""
 
     files: list[Path]
     prompts: list[str]
     n: int
+    inception: Path
 
     def part(self, rows: slice) -> "Task":
-        return Task(self.files[rows], self.prompts[rows], self.n)
+        return Task(self.files[rows], self.prompts[rows], self.n, self.inception)
 
 
 def make_data(n: int) -> DrawnFlowers:
@@ -74,39 +80,57 @@ def make_data(n: int) -> DrawnFlowers:
     return data
 
 
-def make_task(n: int, folder: Path) -> Task:
-    """Writes the files."""
+def make_task(size: int, turns: int, folder: Path) -> Task:
+    """Writes the files, a folder of them for each turn."""
+    n = size * turns
     data = make_data(n)
-    files = [folder / f"{k // -(-n // TURNS)}" / f"{k:06d}.png" for k in range(n)]
+    files = [folder / f"{k // size}" / f"{k:06d}.png" for k in range(n)]
     for k, (path, image) in enumerate(zip(files, data.pixels("train"), strict=True)):
         save_png(from_uint8(image) + 0.3 * torch.randn(image.shape, generator=generator(k)), path)
-    return Task(files, [data.table.captions[row] for row in data.splits["train"]], n)
+    captions = [data.table.captions[row] for row in data.splits["train"]]
+    return Task(files, captions, n, with_last_layer(folder / "inception.pth"))
+
+
+def with_last_layer(path: Path) -> Path:
+    """Writes the weights of the Inception, with a random last layer where they have none."""
+    network, has_logits = load_network(_default_weights())
+    state = dict(network.state_dict())
+    if not has_logits:
+        state["fc.weight"] = 0.1 * torch.randn(state["fc.weight"].shape, generator=generator(0))
+        state["fc.bias"] = torch.zeros_like(state["fc.bias"])
+    torch.save(state, path)
+    return path
 
 
 class Ours:
     """What evaluate.py does with the files of a run and a model with a condition, the reals' features being ready."""
 
-    def __init__(self, task: Task, clip: tuple[str, str]) -> None:
+    def __init__(self, task: Task, size: int, clip: tuple[str, str] | None) -> None:
         data = make_data(task.n)
-        chosen = {"split": "val", "weights": None, "few_images": "allow", "one_channel": "refuse", "missing": "refuse"}
+        chosen = {"split": "val", "few_images": "allow", "one_channel": "refuse", "missing": "refuse"}
         config = {
-            "clip": dict(zip(("model", "pretrained"), clip, strict=True)),
+            "clip": None if clip is None else dict(zip(("model", "pretrained"), clip, strict=True)),
             "classifier": None,
-            "num_images": len(task.files) // TURNS,
-            "inception": chosen,
+            "num_images": size,
+            "inception": {**chosen, "weights": str(task.inception)},
             "nearest": {"space": "inception", "split": "val"},
         }
         model = SimpleNamespace(conditioner=object())
         conditioned: Any = SimpleNamespace(model=model, other_splits=lambda datamodule: [])
         self.scorers = Scorers(config, conditioned, data, "cpu")
-        self.extractor, self.clip = load_extractor(), load_clip_scorer(*clip, "cpu")
+        # They see two images: what is done once is done now.
+        self.extractor, two = load_extractor(task.inception), read_pngs(task.files[:2])
+        self.extractor.features(two)
+        if clip is not None:
+            self.clip = load_clip_scorer(*clip, "cpu")
+            self.clip.score(from_uint8(two), task.prompts[:2])
 
-    def scores(self, task: Task) -> tuple[dict[str, float | None], list[float]]:
+    def scores(self, task: Task) -> tuple[dict[str, float | None], list[float] | None]:
         """Every metric by its name without N, and the CLIP score of each image."""
         images, labels = PngFiles(task.files), [None] * len(task.files)
         scores = self.scorers.score(images, task.prompts, labels, {}, task.files[0].parent)
         values = {split_key(key).name: result.value for key, result in scores.results.items()}
-        return values, scores.columns["clip_score"]
+        return values, scores.columns.get("clip_score")
 
     def peak(self) -> float:
         """MB that this process has had at most."""
@@ -116,8 +140,8 @@ class Ours:
 class OneByOne:
     """The loop of the notebooks: one image per call, by the network as it is published."""
 
-    def __init__(self, clip: tuple[str, str]) -> None:
-        self.network, self.clip = load_network(_default_weights())[0], clip
+    def __init__(self, inception: Path, clip: tuple[str, str]) -> None:
+        self.network, self.clip = load_network(inception)[0], clip
 
     def networks(self, task: Task) -> dict[str, np.ndarray]:
         scores, rows = [], []
@@ -136,8 +160,7 @@ class TorchFidelity:
         self.reals = make_data(task.n).pixels("val")
         for k, image in enumerate(self.reals):
             save_png(from_uint8(image), folder / "reals" / f"{k:06d}.png")
-        torch.save(load_network(_default_weights())[0].state_dict(), folder / "inception.pth")
-        self.extractor, self.folder = extractor, folder
+        self.extractor, self.folder, self.inception = extractor, folder, task.inception
 
     def warm_up(self) -> None:
         """Fills the cache of the reals."""
@@ -154,7 +177,7 @@ class TorchFidelity:
             input2_cache_name="reals",
             cache_root=str(self.folder / "cache"),
             feature_extractor=self.extractor.name,  # by itself it takes VGG for precision and recall
-            feature_extractor_weights_path=str(self.folder / "inception.pth"),
+            feature_extractor_weights_path=str(self.inception),
             cuda=False,
             batch_size=32,
             verbose=False,
@@ -164,7 +187,7 @@ class TorchFidelity:
     def metrics(self, task: Task) -> dict[str, float]:
         values = self._calculate(
             task.files[0].parent,
-            isc=self.extractor.has_logits,
+            isc=True,
             fid=True,
             kid=True,
             prc=True,
@@ -178,7 +201,7 @@ class TorchFidelity:
             "is": "inception_score_mean",
             "is_std": "inception_score_std",
         }
-        return {ours: values[theirs] for ours, theirs in names.items() if theirs in values}
+        return {ours: values[theirs] for ours, theirs in names.items()}
 
 
 def guides_fid(real: np.ndarray, generated: np.ndarray) -> float:
@@ -192,24 +215,17 @@ def guides_fid(real: np.ndarray, generated: np.ndarray) -> float:
 def make_peers(task: Task, clip: tuple[str, str], folder: Path) -> dict[str, Any]:
     """What ours is measured against, ready to begin."""
     be_quiet()
-    peers = {"torch-fidelity": TorchFidelity(task, load_extractor(), folder), "one by one": OneByOne(clip)}
+    fidelity = TorchFidelity(task, load_extractor(task.inception), folder)
+    peers: dict[str, Any] = {"torch-fidelity": fidelity, "one by one": OneByOne(task.inception, clip)}
     peers["torch-fidelity"].warm_up()
     peers["one by one"].networks(task.part(slice(0, 2)))
     return peers
 
 
-def make_untouched(task: Task, clip: tuple[str, str]) -> dict[str, Any]:
+def make_untouched(task: Task, size: int, clip: tuple[str, str]) -> dict[str, Any]:
     """Ours, for a process that gives freed memory back."""
     be_quiet()
-    return {"ours": warm(Ours(task, clip), task)}
-
-
-def warm(ours: Ours, task: Task) -> Ours:
-    """Has its networks see two images."""
-    two = read_pngs(task.files[:2])
-    ours.extractor.features(two)
-    ours.clip.score(from_uint8(two), task.prompts[:2])
-    return ours
+    return {"ours": Ours(task, size, clip)}
 
 
 def be_quiet() -> None:
@@ -232,12 +248,12 @@ def random_clip(folder: Path) -> tuple[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluate")
-    parser.add_argument("--images", type=int, default=64, help="how many are scored")
+    parser.add_argument("--images", type=int, default=32, help="how many are scored in a turn")
+    parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--clip", nargs=2, metavar=("MODEL", "PRETRAINED"), help="instead of a random ViT-B-32")
     options = parser.parse_args()
-    n = options.images
-    if n < 32:
-        parser.error("--images must be 32 or more")
+    if options.images < 16:
+        parser.error("--images must be 16 or more")
     be_quiet()
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -246,72 +262,89 @@ def main() -> None:
         load_extractor()
     except AssetError as error:
         sys.exit(f"error: nothing was measured: {error}")
-
-    seconds: dict[str, list[float]] = {}
+    print_where("torch-fidelity", "open-clip-torch")
     with tempfile.TemporaryDirectory() as folder:
-        clip = tuple(options.clip) if options.clip else random_clip(Path(folder))
-        task = make_task(n, Path(folder))
-        ours = warm(Ours(task, clip), task)
-        untouched, peers = Apart(make_untouched, task, clip), Apart(make_peers, task, clip, Path(folder))
-        size = -(-n // TURNS)
-        untouched.timed("ours", "scores", task.part(slice(0, FEW)))
-        peaks = {FEW: untouched.timed("ours", "peak")[1]}
+        measure(options, Path(folder))
 
-        for turn in range(TURNS):
-            part = task.part(slice(turn * size, (turn + 1) * size))
-            few = part.part(slice(0, FEW))
-            took = {}
-            took["torch-fidelity"], expected = peers.timed("torch-fidelity", "metrics", part)
-            took["ours"], (values, clip_scores) = timed(ours.scores, part)
-            took["untouched"], same = untouched.timed("ours", "scores", part)
-            took["one by one"], single = peers.timed("one by one", "networks", few)
-            for key, value in expected.items():
-                tolerance = 1e-3 if key.startswith("is") else 1e-6
-                assert np.isclose(values[key], value, rtol=tolerance, atol=0), (key, values[key], value)
-            assert same == (values, clip_scores), (same, values)
-            assert np.allclose(single["clip"], clip_scores[:FEW], atol=1e-5)
-            assert np.allclose(single["pool"], ours.extractor.features(read_pngs(few.files)).pool, atol=1e-4)
-            for side, s in took.items():
-                seconds.setdefault(side, []).append(s)
-        peaks[size] = untouched.timed("ours", "peak")[1]
-        peers.end()
-        untouched.end()
 
-        reals = make_data(n).pixels("val")
-        real, generated = (ours.extractor.features(images).pool for images in (reals, read_pngs(part.files)))
-        guide_seconds, guide = timed(guides_fid, real, generated)
-        our_seconds, fid = timed(calculate_fid, real, generated)
-        clip_seconds, _ = timed(load_clip, *clip)
-        seen = from_uint8(read_pngs(few.files))
-        clip_seconds_per_image = timed(ours.clip.score, seen, few.prompts)[0] / FEW
-        # The guide's root of a singular matrix is not exact.
-        assert np.isclose(fid, guide, rtol=1e-4), (fid, guide)
+def measure(options: argparse.Namespace, folder: Path) -> None:
+    clip = tuple(options.clip) if options.clip else random_clip(folder)
+    size = options.images
+    task = make_task(size, options.turns, folder)
+    ours, without = Ours(task, size, clip), Ours(task, size, None)
+    untouched, peers = Apart(make_untouched, task, size, clip), Apart(make_peers, task, clip, folder)
+    untouched.timed("ours", "scores", task.part(slice(0, FEW)))
+    peaks = {FEW: untouched.timed("ours", "peak")[1]}
+    seconds: dict[str, list[float]] = {}
+    for turn in range(options.turns):
+        part = task.part(slice(turn * size, (turn + 1) * size))
+        few = part.part(slice(0, FEW))
+        sides: dict[str, Callable[[], tuple[float, Any]]] = {
+            "torch-fidelity": lambda part=part: peers.timed("torch-fidelity", "metrics", part),
+            "ours": lambda part=part: timed(ours.scores, part),
+            "without": lambda part=part: timed(without.scores, part),
+            "untouched": lambda part=part: untouched.timed("ours", "scores", part),
+            "one by one": lambda few=few: peers.timed("one by one", "networks", few),
+        }
+        results = {}
+        for side, run in list(sides.items())[:: -1 if turn % 2 else 1]:
+            took, results[side] = run()
+            seconds.setdefault(side, []).append(took)
+        check(results, ours.extractor.features(read_pngs(few.files)).pool)
+    peaks[size] = untouched.timed("ours", "peak")[1]
+    peers.end()
+    untouched.end()
 
-    half = {side: statistics.median(values) for side, values in seconds.items()}
-    once = size * half["one by one"] / FEW + guide_seconds
-    clip_name = "a random ViT-B-32" if not options.clip else ours.clip.name
-    print(
-        f"{size} images of 32 px, {REALS} reals, {clip_name}, Inception {ours.extractor.weights_hash[:8]}, one thread"
+    real, generated = (
+        ours.extractor.features(images).pool for images in (make_data(task.n).pixels("val"), read_pngs(part.files))
     )
-    print(f"equal to torch-fidelity: {', '.join(expected)}; to one image per call: CLIP scores, features, FID")
-    print(f"{'':52}{'CPU s':>9}{'images/CPU s':>14}{'ratio':>8}")
+    guide_seconds, guide = timed(guides_fid, real, generated)
+    our_seconds, fid = timed(calculate_fid, real, generated)
+    # The guide's root of a singular matrix is not exact.
+    assert np.isclose(fid, guide, rtol=1e-4), (fid, guide)
+    clip_seconds, _ = timed(load_clip, *clip)
 
-    def row(what: str, value: float, against: float | None = None, images: int = 0) -> None:
-        rate = f"{images / value:14.2f}" if images else f"{'':14}"
-        print(f"{what:52}{value:9.2f}{rate}" + (f"{value / against:8.2f}" if against else ""))
-
-    without = half["ours"] - size * clip_seconds_per_image
-    row("ours: CLIP, Inception and all metrics", half["ours"], images=size)
-    row("  allocator untouched", half["untouched"], half["ours"], size)
-    row("ours without CLIP", without, images=size)
-    row("torch-fidelity: Inception and these metrics", half["torch-fidelity"], half["ours"], size)
-    row("  against ours without CLIP", half["torch-fidelity"], without)
-    row("one by one, CLIP loaded once", once, half["ours"], size)
-    row("one by one as written, CLIP loaded for each image", once + size * clip_seconds, half["ours"], size)
-    row("  of these one loading of CLIP", clip_seconds)
-    row("  and the Fréchet distance by sqrtm", guide_seconds)
-    row("Fréchet distance by calculate_fid", our_seconds)
+    named = "a random ViT-B-32" if not options.clip else ours.clip.name
+    weights = ours.extractor.weights_hash[:8]
+    print(f"{options.turns} turns of {size} images of 32 px, {REALS} reals, {named}, Inception {weights}, one thread")
+    compared = ", ".join(results["torch-fidelity"])
+    print(f"equal to torch-fidelity: {compared}; to one image per call: CLIP scores, features, FID")
+    print(f"{'':54}{'CPU s':>9}{'images/CPU s':>14}{'ratio':>8}")
+    once = [size * each / FEW + guide_seconds for each in seconds["one by one"]]
+    base, bare = seconds["ours"], seconds["without"]
+    print_row("ours: CLIP, Inception and all metrics", base, size)
+    print_row("  allocator untouched", seconds["untouched"], size, base)
+    print_row("ours without CLIP", bare, size)
+    print_row("torch-fidelity: Inception and these metrics", seconds["torch-fidelity"], size, base)
+    print_row("  against ours without CLIP", seconds["torch-fidelity"], size, bare)
+    print_row("one by one, CLIP loaded once", once, size, base)
+    print_row("one by one as written, CLIP loaded for each image", [s + size * clip_seconds for s in once], size, base)
+    print_row("  of these one loading of CLIP", [clip_seconds])
+    print_row("  and the Fréchet distance by sqrtm", [guide_seconds])
+    print_row("Fréchet distance by calculate_fid", [our_seconds])
     print("peak memory of ours: " + ", ".join(f"{peak:.0f} MB at {count} images" for count, peak in peaks.items()))
+
+
+def check(results: dict[str, Any], pool: np.ndarray) -> None:
+    """Sees that all sides found the same."""
+    values, clip_scores = results["ours"]
+    for key, value in results["torch-fidelity"].items():
+        tolerance = 1e-3 if key.startswith("is") else 1e-6
+        assert np.isclose(values[key], value, rtol=tolerance, atol=0), (key, values[key], value)
+    assert results["untouched"] == (values, clip_scores), results
+    assert results["without"][0].items() <= values.items(), results
+    assert np.allclose(results["one by one"]["clip"], clip_scores[:FEW], atol=1e-5)
+    assert np.allclose(results["one by one"]["pool"], pool, atol=1e-4)
+
+
+def print_row(what: str, values: list[float], images: int = 0, against: list[float] | None = None) -> None:
+    """Medians: of the seconds, and of the ratio to another side in the same turn."""
+    median = statistics.median(values)
+    rate = f"{images / median:14.2f}" if images else ""
+    ratios = (
+        [] if against is None else [f"{statistics.median(a / b for a, b in zip(values, against, strict=True)):8.2f}"]
+    )
+    print(f"{what:54}{median:9.2f}{rate}{''.join(ratios)}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from benchmarks.where import print_where
+
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDING = 512
 SHAPE = (3, 32, 32)
@@ -113,6 +115,7 @@ def main() -> None:
             evaluate(options.only, Path(folder))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
         return
+    print_where()
     print("images drawn by nobody, a projection in the place of Inception, pixels in the place of CLIP: memory only")
     print(f"{'images':>10}{'peak MB':>10}{'ratio':>10}{'CPU s':>10}")
     first = 0

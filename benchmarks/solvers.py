@@ -5,7 +5,8 @@ the drawn flowers' validation split. Per row:
 
     calls     of the network, each guided (both branches)
     CPU s     of drawing one image, one thread; seconds of this process, since machines are shared
-    ratio     seconds of the 400 steps of DDIM over the row's
+    ratio     seconds of the 400 steps of DDIM over the row's. A call costs the same in every row: by calls the ratio is
+              400 over the row's, and what differs from that is noise
     KID       as evaluate.py computes it, with its deviation over subsets
     distance  from the image of the same seed by 400 steps of DDIM: root mean square over pixels in [-1, 1]. Solvers of
               the flow draw the same image, those with noise another one
@@ -40,6 +41,7 @@ from PIL import Image, ImageDraw
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from benchmarks.where import print_where
 from datamodules.drawn import DrawnFlowers
 from diffusion.assets import AssetError
 from diffusion.checkpoint import load_model
@@ -197,6 +199,7 @@ def main() -> None:
         model, extractor = load_model(options.ckpt), load_extractor()
     except (AssetError, AntherError) as error:
         sys.exit(f"error: nothing was measured: {error}")
+    print_where()
     data = flowers()
     captions = [data.table.captions[row] for row in data.splits["val"]]
     names = [data.table.names[row] for row in data.splits["val"]]

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.where import print_where
+
 ROUNDS = 5
 COMMANDS = {
     "import torch, lightning": ["-c", "import torch, lightning"],
@@ -29,6 +31,7 @@ def cpu_seconds(arguments: list[str]) -> float:
 
 
 def main() -> None:
+    print_where("lightning", "hydra-core")
     for arguments in COMMANDS.values():
         cpu_seconds(arguments)  # warms the file cache
     seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}

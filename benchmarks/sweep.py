@@ -2,13 +2,15 @@
 
 A small model of the demo is trained for two steps and evaluated by `evaluate.py -m guidance.weight=0,2,4`, from an
 empty cache of reference statistics to the report of each point. The first point pays for imports, model, CLIP,
-Inception and the statistics of the real images; the others draw, score and report. Seconds are CPU seconds of this
-process and its children, with one thread, since machines are shared.
+Inception and the statistics of the real images; the others draw, score and report. The last point is made once more, by
+a run of its own from the same cache, and its metrics are compared. Seconds are CPU seconds of a process and its
+children, with one thread, since machines are shared.
 
     python -m benchmarks.sweep [--images 64] [--reals 256] [--dataset]
 """
 
 import argparse
+import math
 import os
 import resource
 import subprocess
@@ -19,7 +21,9 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
+from benchmarks.where import print_where
 from diffusion.assets import cache_dir
+from diffusion.evaluation.report import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,6 +43,7 @@ class Clock(Callback):
 
 
 SECONDS: list[float] = []
+WEIGHTS = (0, 2, 4)
 
 
 def cpu_seconds() -> float:
@@ -60,6 +65,7 @@ def main() -> None:
     parser.add_argument("--reals", type=int, default=256, help="whose statistics the first point computes")
     parser.add_argument("--dataset", action="store_true", help="also build and export the FiftyOne data sets")
     options = parser.parse_args()
+    print_where()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         # Weights are found where they were; statistics are not.
@@ -69,6 +75,9 @@ def main() -> None:
         os.environ["ANTHER_CACHE"] = str(folder / "cache")
         checkpoint = train(folder / "trained", options.reals)
         sweep(checkpoint, folder / "sweep", options)
+        last = folder / "sweep" / str(len(WEIGHTS) - 1)
+        alone = run_alone(checkpoint, folder / "alone", options)
+        compare(last, folder / "alone")
     first, *others = SECONDS
     rest = sum(others) / len(others)
     what = "with" if options.dataset else "without"
@@ -76,14 +85,12 @@ def main() -> None:
     print(f"{'first point':48}{first:8.2f} CPU seconds")
     print(f"{'the points after it, mean':48}{rest:8.2f} CPU seconds")
     print(f"{'ratio':48}{rest / first:8.3f}")
+    print(f"{'the last of them as a run of its own':48}{alone:8.2f} CPU seconds, equal metrics")
 
 
-def sweep(checkpoint: Path, folder: Path, options: argparse.Namespace) -> None:
-    import evaluate
-
-    sys.argv = [
-        str(ROOT / "evaluate.py"),
-        "-m",
+def settings(checkpoint: Path, options: argparse.Namespace) -> list[str]:
+    """What every point is evaluated with."""
+    return [
         f"ckpt={checkpoint}",
         "prompts=demo",
         f"num_images={options.images}",
@@ -92,12 +99,41 @@ def sweep(checkpoint: Path, folder: Path, options: argparse.Namespace) -> None:
         "clip.model=anther-flowers-32",
         "clip.pretrained=embedded",
         "inception.split=train",
-        "guidance.weight=0,2,4",
-        f"hydra.sweep.dir={folder}",
-        "+hydra.callbacks.clock._target_=benchmarks.sweep.Clock",
         *([] if options.dataset else ["dataset=null"]),
     ]
+
+
+def sweep(checkpoint: Path, folder: Path, options: argparse.Namespace) -> None:
+    import evaluate
+
+    sys.argv = [
+        str(ROOT / "evaluate.py"),
+        "-m",
+        *settings(checkpoint, options),
+        f"guidance.weight={','.join(map(str, WEIGHTS))}",
+        f"hydra.sweep.dir={folder}",
+        "+hydra.callbacks.clock._target_=benchmarks.sweep.Clock",
+    ]
     evaluate.main()
+
+
+def run_alone(checkpoint: Path, folder: Path, options: argparse.Namespace) -> float:
+    """CPU seconds of the last point by a process of its own."""
+    before = cpu_seconds()
+    words = [f"guidance.weight={WEIGHTS[-1]}", f"hydra.run.dir={folder}"]
+    command = [sys.executable, "evaluate.py", *settings(checkpoint, options), *words]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return cpu_seconds() - before
+
+
+def compare(one: Path, other: Path) -> None:
+    """Sees that two evaluations of the same thing have the same metrics."""
+    (_, here), (_, there) = read_metrics(one), read_metrics(other)
+    assert here.keys() == there.keys(), here.keys() ^ there.keys()
+    for key, result in here.items():
+        value, expected = result.value, there[key].value
+        same = value == expected if None in (value, expected) else math.isclose(value, expected, rel_tol=1e-4)
+        assert same, (key, value, expected)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.where import print_where
 from diffusion import checkpoint
 from diffusion.build import build
 from diffusion.modules.diffusion import Diffusion, draw_times
@@ -37,6 +38,7 @@ def batch_losses(module: Diffusion, batches: list[dict[str, Tensor]], spread: st
 
 @torch.no_grad()
 def main() -> None:
+    print_where()
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else DEMO
     saved = checkpoint.read(path)
     data = build(saved["config"]["data"])
