@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from diffusion.errors import AntherError
+from diffusion.errors import AntherError, install
 from diffusion.evaluation.classifier import export_classifier
 from diffusion.evaluation.selection import Judged, Rule, assess, describe
 from diffusion.images import from_uint8
@@ -37,7 +37,7 @@ class SelectiveReport(Callback):
             AntherError: the data have no split to calibrate on, or scipy is missing.
         """
         if importlib.util.find_spec("scipy") is None:
-            raise AntherError("callbacks.selective needs scipy, which is not installed: pip install 'anther[eval]'.")
+            raise AntherError(f"callbacks.selective needs scipy, which is not installed: {install('eval')}.")
         splits = trainer.datamodule.splits  # type: ignore[attr-defined]
         if absent := {"calibration", "test"} - set(splits):
             raise AntherError(

@@ -12,7 +12,7 @@ from datamodules.archives import extract
 from datamodules.base import Array, ImageTable, random_split
 from datamodules.folders import FolderImages
 from diffusion.assets import ASSETS, cache_dir, resolve
-from diffusion.errors import AntherError
+from diffusion.errors import AntherError, install
 from diffusion.files import sha256
 
 IMAGES, LABELS, SPLITS = (Path(ASSETS[f"flowers102/{part}"].file).name for part in ("images", "labels", "splits"))
@@ -197,7 +197,7 @@ def read_mat(path: Path, key: str) -> Array:
     try:
         from scipy.io import loadmat
     except ModuleNotFoundError as error:
-        raise AntherError("Flowers-102 needs SciPy for its .mat files: run pip install 'anther[analysis]'.") from error
+        raise AntherError(f"Flowers-102 needs SciPy for its .mat files: {install('analysis')}.") from error
     try:
         return np.atleast_1d(loadmat(path, squeeze_me=True)[key]).astype(np.int64)
     # What SciPy raises for damaged files depends on where the damage is.

@@ -13,7 +13,7 @@ from datamodules.archives import extract
 from datamodules.base import ImageTable, content_digest
 from datamodules.folders import PlainFolder, image_files
 from diffusion.assets import AssetError, cache_dir, download
-from diffusion.errors import AntherError
+from diffusion.errors import AntherError, install
 from diffusion.files import atomic, sha256
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def read_table(path: Path) -> list[Row]:
         import pyarrow
         from pyarrow import parquet
     except ModuleNotFoundError as error:
-        raise AntherError("tables of addresses need pyarrow: run pip install 'anther[eval]'.") from error
+        raise AntherError(f"tables of addresses need pyarrow: {install('eval')}.") from error
     try:
         names = parquet.read_schema(path).names
         url, caption = (next((n for w in words for n in names if n.lower() == w), None) for words in (URL, CAPTION))

@@ -9,6 +9,11 @@ class AntherError(Exception):
     """
 
 
+def install(extras: str) -> str:
+    """How to get the packages of an extra of pyproject.toml, for a sentence; Anther is on no index."""
+    return f"run pip install -e '.[{extras}]' in the clone"
+
+
 class Stopped(BaseException):
     """The run was asked to end by a signal, and everything up to here is on disk.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.build import build
-from diffusion.errors import AntherError
+from diffusion.errors import AntherError, install
 from diffusion.files import atomic
 
 
@@ -89,8 +89,8 @@ def _check_installed() -> None:
     missing = [name for name in ("cleanvision", "imagehash", "pandas", "scipy", "jinja2") if not _installed(name)]
     if missing:
         raise AntherError(
-            f"analysing needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: run "
-            "pip install 'anther[analysis]'."
+            f"analysing needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
+            f"{install('analysis')}."
         )
 
 

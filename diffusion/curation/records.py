@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion.errors import AntherError
+from diffusion.errors import AntherError, install
 from diffusion.files import atomic
 
 if TYPE_CHECKING:
@@ -97,7 +97,5 @@ def _pandas() -> Any:
         import pandas
         import pyarrow  # noqa: F401
     except ImportError as error:
-        raise AntherError(
-            f"records need {error.name}, which is not installed: run pip install 'anther[eval]'."
-        ) from error
+        raise AntherError(f"records need {error.name}, which is not installed: {install('eval')}.") from error
     return pandas

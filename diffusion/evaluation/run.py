@@ -17,7 +17,7 @@ from diffusion.build import build, closest, construct
 from diffusion.checkpoint import load_guidance
 from diffusion.curation import publish
 from diffusion.curation.export import DATASET, IMAGEFOLDER, export_fiftyone, export_imagefolder, exported_name
-from diffusion.errors import AntherError
+from diffusion.errors import AntherError, install
 from diffusion.evaluation.embeddings import Embedding
 from diffusion.evaluation.fidelity import fidelity
 from diffusion.evaluation.generate import Made, Plan, assemble, check, claim, file_scores, generate
@@ -183,8 +183,8 @@ def _check_installed(config: Mapping[str, Any]) -> None:
     missing = [name for name, needed in wanted.items() if needed and importlib.util.find_spec(name) is None]
     if missing:
         raise AntherError(
-            f"evaluating needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: run "
-            "pip install 'anther[eval,offline]'."
+            f"evaluating needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed: "
+            f"{install('eval,offline')}."
         )
     if (name := config["objective"]) is not None and name.removesuffix("_std") not in TITLES:
         raise AntherError(f"objective={name} is no metric{closest(name, TITLES)}: choose one of {', '.join(TITLES)}.")

@@ -122,7 +122,7 @@ def test_says_how_to_install_fiftyone(monkeypatch):
     monkeypatch.setitem(sys.modules, "fiftyone", None)
     with pytest.raises(AntherError) as error:
         database.ready.__wrapped__()
-    check_sentence(error, "FiftyOne is not installed", "pip install 'anther[eval,offline]'")
+    check_sentence(error, "FiftyOne is not installed", "run pip install -e '.[eval,offline]' in the clone")
 
 
 @pytest.mark.parametrize(

@@ -125,5 +125,5 @@ def test_without_the_extra_the_message_says_what_to_install(folder, package, mon
     records.write(folder, table)
     monkeypatch.setitem(sys.modules, package, None)
     for act in (lambda: records.read(folder), lambda: records.write(folder, table)):
-        with pytest.raises(AntherError, match=rf"{package}.*pip install 'anther\[eval\]'"):
+        with pytest.raises(AntherError, match=rf"{package}.*run pip install -e '\.\[eval\]' in the clone"):
             act()
