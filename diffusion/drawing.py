@@ -16,7 +16,7 @@ from diffusion.checkpoint import load_guidance, load_model
 from diffusion.errors import AntherError
 from diffusion.evaluation.subject import described
 from diffusion.fabric import make_fabric
-from diffusion.files import atomic
+from diffusion.files import atomic, sha256
 from diffusion.images import save_gif, save_png, sheet
 from diffusion.rng import check_seed
 from diffusion.samplers import Sampler
@@ -61,7 +61,7 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
     texts = None if prompts is None else [str(prompt) for prompt in prompts for _ in range(per_prompt)]
     count = per_prompt if texts is None else len(texts)
     seeds = [config["seed"] + k for k in range(count)]
-    weight, size = config["guidance"]["weight"], config["batch_size"]
+    weight, bad, size = config["guidance"]["weight"], config["guidance"]["bad"], config["batch_size"]
     guidance = load_guidance(config["guidance"], model)
     used = model.weight if weight is None else weight
 
@@ -93,7 +93,8 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
         "sampler": node,
         "guidance_weight": used,
         **guidance.record(),
-        "guidance_bad": config["guidance"]["bad"],
+        "guidance_bad": bad,
+        "guidance_bad_sha256": None if bad is None else sha256(bad),
     }
     with atomic(folder / "samples.json") as temporary:
         temporary.write_text(json.dumps({"protocol": protocol, "images": records}, indent=2) + "\n")

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion.files import sha256
+
 Call = Callable[..., Path]
 
 
@@ -102,6 +104,9 @@ def test_a_model_is_led_away_from_another_checkpoint(trained: Path, call: Call, 
         for k, more in enumerate([[f"guidance.bad={tmp_path / 'worse.ckpt'}"], [f"guidance.bad={trained}"], []])
     ]
     assert (drawn[0] != drawn[1]).any()
+    protocols = [json.loads((tmp_path / str(k) / "samples.json").read_text())["protocol"] for k in range(3)]
+    hashes = [sha256(tmp_path / "worse.ckpt"), sha256(trained), None]
+    assert [protocol["guidance_bad_sha256"] for protocol in protocols] == hashes
     # Away from itself is nowhere: that is the model without guidance.
     without = call("sample.py", *asked[:-1], "guidance.weight=0", folder=tmp_path / "without")
     assert np.abs(drawn[1].astype(int) - np.asarray(Image.open(without / "images/00000.png"), dtype=int)).max() <= 1
