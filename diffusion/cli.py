@@ -56,6 +56,7 @@ def run(main: Callable[[], Any], several: bool = False) -> None:
         several: whether it may be started as several ranks; the others then do what rank 0 says.
     """
     _speak_utf8()
+    _list_groups_in_help()
     keep_freed_memory()
     wait_passively()
     if several and ranks.is_of_torchrun():
@@ -206,14 +207,14 @@ def _of_group(key: str | None) -> str:
     command = Path(sys.argv[0]).stem
     group, at, place = (key or "").partition("@")
     if at and (CONF / group).is_dir():
-        names = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+        names = ", ".join(_options(group))
         otherwise = f"{place}=null for none" if group == "augment" else "leave it out"
         return f"{key} is chosen by a name: give {key}= one of {names}, or {otherwise}."
     if key is None or not (CONF / f"{command}.yaml").exists():
         return f"{key or 'a group'} cannot be set like this, but by one of the names that --help lists."
     config, groups = _composed(command)
     if key in groups:
-        names = ", ".join(sorted(path.stem for path in (CONF / key).glob("*.yaml")))
+        names = ", ".join(_options(key))
         otherwise = "~scheduler for none" if key == "scheduler" else "leave it out"
         return f"{key} is chosen by a name: give {key}= one of {names}, or {otherwise}."
     if isinstance(parts := config.get(key), DictConfig):
@@ -247,7 +248,28 @@ def _composed(command: str) -> "tuple[DictConfig, list[str]]":
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose(command, return_hydra_config=True)
-    return config, sorted(group for group in config.hydra.runtime.choices if not group.startswith("hydra"))
+    return config, _groups(config)
+
+
+def _groups(config: "DictConfig") -> list[str]:
+    """The groups that a composed config chooses from; Hydra itself would list all folders, of every command."""
+    return sorted(group for group in config.hydra.runtime.choices if not group.startswith("hydra"))
+
+
+def _list_groups_in_help() -> None:
+    """Makes `${groups:}` in the text of a command's help the groups that it takes, each with its options."""
+    from omegaconf import OmegaConf
+
+    def groups(*, _root_: "DictConfig") -> str:
+        options = {group: _options(group) for group in _groups(_root_)}
+        return "".join(f"{group}: {', '.join(names)}\n" for group, names in options.items() if names)
+
+    OmegaConf.register_new_resolver("groups", groups, replace=True)
+
+
+def _options(group: str) -> list[str]:
+    """The names that a group, perhaps with the place that it is chosen for, may be set to."""
+    return sorted(path.stem for path in (CONF / group.partition("@")[0]).glob("*.yaml"))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -450,6 +450,15 @@ def test_help_needs_no_torch_and_lists_every_experiment(command: Run) -> None:
             assert all(f"\n  {name} " in described for name in EXPERIMENTS)
 
 
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py", "analyze.py"])
+def test_help_lists_the_groups_that_the_command_takes(script: str, command: Run) -> None:
+    listed = re.findall(r"^([\w@.]+): \w+(?:, \w+)+$", command(script, "--help").stdout, re.MULTILINE)
+    refusal = command(script, "protocol=mnist" if script == "train.py" else "network=flowers").stderr
+    taken = refusal.partition("choose from ")[2].strip().rstrip(".").split(", ")
+    assert listed == [group for group in taken if group != "local"]  # a machine's own, of which there are none here
+    assert listed == {"sample.py": ["sampler", "trainer"]}.get(script, listed)
+
+
 @pytest.mark.parametrize("debug", ["default", "limit", "overfit", "profiler"])
 def test_debug_configs_run(debug: str, call: Call, capfd: pytest.CaptureFixture[str]) -> None:
     fewer = {"overfit": ["trainer.max_epochs=3"], "profiler": ["trainer.max_steps=3"]}.get(debug, [])
