@@ -78,7 +78,8 @@ def _has_records(folder: Path) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m diffusion.curation.gather", description=gather.__doc__)
+    summary = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m diffusion.curation.gather", description=summary)
     parser.add_argument(
         "folders", nargs="+", metavar="FOLDER", help="of a run of evaluate.py, or of a sweep of such runs"
     )

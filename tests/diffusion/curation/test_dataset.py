@@ -294,6 +294,14 @@ def test_what_is_neither_a_run_nor_a_sweep_is_said_in_one_sentence(sweep):
         main([str(sweep), str(sweep / "0"), "--name", "none"])
 
 
+def test_the_help_of_gather_is_for_people(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert "Several runs, such as those of a sweep, as one FiftyOne dataset." in said
+    assert "Raises:" not in said
+
+
 def test_gathering_replaces_nobodys_dataset(fiftyone, make_run, tmp_path, monkeypatch):
     first, second, other = (make_run(tmp_path / name, n=2, shape=None) for name in ("first", "second", "other"))
     labelled = fiftyone.Dataset("precious", persistent=True)
