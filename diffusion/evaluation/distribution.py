@@ -338,7 +338,7 @@ def distribution_metrics(
 
 
 def diversity_metrics(images: Images, run_protocol: Mapping[str, Any]) -> dict[str, Result]:
-    """The diversity of a set of images, in the seeds' form and over all pairs; needs neither reals nor a network.
+    """The diversity of a set of images, in seed 004's form and over all pairs; needs neither reals nor a network.
 
     Above 10,000 images the pairs are those of 10,000 of them, and the key says so: `diversity_pairs_10000`.
 

@@ -12,7 +12,7 @@ class Result:
     Attributes:
         value: None where it was asked for and cannot be had; `note` says why then.
         better: the direction in which models improve; None where there is none.
-        verdict: the seeds' word for the value, such as "good (below 50)".
+        verdict: seed 004's word for the value, such as "good (below 50)".
         note: what a reader must know before comparing the number.
         protocol: how it was computed: plain values for JSON.
     """
