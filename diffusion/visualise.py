@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 NOISE_SHOWN = 1 / 3
 """Noise is shown times this, so that three deviations span the range of an image."""
+
+LINES = ("#7fb8e6", "#fdb055", "#6fcf80", "#d1342f", "#2b1a66", "#8c564b", "#0b8a8a", "#000000")
+"""Colours of schedules, light ones first."""
 
 
 class Strip(NamedTuple):
@@ -304,7 +308,6 @@ def draw_schedules(schedules: Mapping[tuple[str, int], Schedule]) -> "Figure":
     Args:
         schedules: by name and T.
     """
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -313,9 +316,9 @@ def draw_schedules(schedules: Mapping[tuple[str, int], Schedule]) -> "Figure":
     figure = Figure(figsize=(12, 8), dpi=DPI, layout="constrained")
     panels: list[Axes] = list(figure.subplots(2, 2).flat)
     names, steps = (list(dict.fromkeys(part)) for part in zip(*schedules, strict=True))
-    colours = dict(zip(names, colormaps["tab10"].colors, strict=False))  # type: ignore[attr-defined]
-    # Some lie on others: the first are the widest, so that every one can be seen.
-    widths = {name: 1.2 + 0.8 * (len(names) - 1 - k) for k, name in enumerate(names)}
+    # Some lie on others: the first are the widest, and what lies on them is darker, so that every one can be seen.
+    colours = dict(zip(names, cycle(LINES), strict=False))
+    widths = {name: 1.2 + (len(names) - 1 - k) for k, name in enumerate(names)}
     styles = dict(zip(steps, ["-", "--", ":", "-."] * len(steps), strict=False))
     for (name, T), schedule in schedules.items():
         t = torch.arange(T + 1, dtype=torch.float64) / T
@@ -339,7 +342,7 @@ def draw_schedules(schedules: Mapping[tuple[str, int], Schedule]) -> "Figure":
     panels[1].set(title="alpha-bar: share of the signal's variance", xlabel="t")
     panels[2].set(title="signal-to-noise ratio", xlabel="t", yscale="log", ylim=(floor, None))
     panels[2].axhline(1, color="#8a8a8a", lw=0.8)
-    panels[3].set(title=f"SNR at t = 1 (none is drawn at {floor:g})", xlabel="T", xscale="log", yscale="log")
+    panels[3].set(title=f"SNR at t = 1 (an SNR of 0 is drawn at {floor:g})", xlabel="T", xscale="log", yscale="log")
     panels[3].set_xticks(steps, [str(T) for T in steps])
     panels[3].minorticks_off()
     for axes in (panels[0], panels[2], panels[3]):

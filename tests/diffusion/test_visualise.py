@@ -153,7 +153,11 @@ def test_every_schedule_of_the_config_can_be_drawn():
     assert all(schedule.T == T for (_, T), schedule in made.items())
     figure = draw_schedules(made)
     assert [len(axes.lines) for axes in figure.axes] == [len(names)] * 2 + [len(names) + 1, len(names)]
-    line = figure.axes[1].lines[0]
+    lines = figure.axes[1].lines
+    assert len({line.get_color() for line in lines}) == len(names)
+    assert [line.get_linewidth() for line in lines] == sorted((k + 1.2 for k in range(len(names))), reverse=True)
+    assert "an SNR of 0 is drawn at 1e-10" in figure.axes[3].get_title()
+    line = lines[0]
     assert np.allclose(line.get_ydata(), made[names[0], 100](torch.linspace(0, 1, 101))[0] ** 2)
 
 
