@@ -59,7 +59,7 @@ def sheet(images: Tensor, captions: Sequence[str], columns: int, scale: int = 4)
 
     Args:
         images: (N, C, H, W) in [-1, 1].
-        captions: one per image; long ones are broken into lines.
+        captions: one per image; long ones are broken into lines, and never within "w = 0".
         columns: images per row.
         scale: magnification, by repetition of pixels.
     """
@@ -69,7 +69,9 @@ def sheet(images: Tensor, captions: Sequence[str], columns: int, scale: int = 4)
 
     font = ImageFont.load_default(size=12)
     height, width = images.shape[2] * scale, images.shape[3] * scale
-    lines = [wrap(caption, max(8, width // 7)) for caption in captions]
+    # No line is broken at a no-break space, and the font has none: after the breaks it is a space again.
+    kept = [wrap(caption.replace(" = ", "\xa0=\xa0"), max(8, width // 7)) for caption in captions]
+    lines = [[line.replace("\xa0", " ") for line in part] for part in kept]
     text_height = 15 * max(map(len, lines), default=0) + 4
     rows, gap = -(-len(images) // columns), 6
     page = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + text_height + gap) + gap), "white")

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from diffusion import images
-from diffusion.images import PngFiles, from_uint8, grid, read_pngs, save_gif, save_png, to_pil, to_uint8
+from diffusion.images import PngFiles, from_uint8, grid, read_pngs, save_gif, save_png, sheet, to_pil, to_uint8
 
 LEVELS = torch.arange(256, dtype=torch.uint8)
 
@@ -71,6 +71,13 @@ def test_grid_repeats_pixels():
     image = torch.tensor([[[[-1.0, 0.0], [0.5, 1.0]]]])
     sheet = grid(image, columns=1, padding=0, scale=3)
     assert torch.equal(sheet, torch.kron(image[0], torch.ones(1, 3, 3)))
+
+
+def test_captions_are_not_broken_at_an_equals_sign(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "multiline_text", lambda self, place, text, **how: drawn.append(text))
+    sheet(torch.zeros(3, 3, 24, 24), ["a red rose, w = 0", "two white daisies, w = 7.5", "a daisy"], 3)
+    assert drawn == ["a red rose,\nw = 0", "two white\ndaisies,\nw = 7.5", "a daisy"]
 
 
 def test_gif_frames_and_durations(tmp_path):
