@@ -258,7 +258,8 @@ def _prompts(frame: "pd.DataFrame", units: Mapping[str, str], most: int = 40) ->
         color=ORANGE,
         fontsize=8,
     )
-    axes.set_xlabel(f"{units[column]}; mean and deviation over the prompt's images")
+    # In lines: the name of a scorer alone may be half as wide as the figure.
+    axes.set_xlabel(f"{units[column]}\nmean and deviation over the prompt's images")
     return figure
 
 
@@ -403,11 +404,11 @@ def _reconstructions(
     cells = [
         Cell(
             [to_pil(original(k)).convert("RGB"), _picture(folder, row.file)],
-            f"{row.psnr:.1f} dB, {row.ssim:.2f}\nimage {row.id}",
+            f"PSNR {row.psnr:.1f} dB\nSSIM {row.ssim:.2f}\nimage {row.id}",
         )
         for k, row in enumerate(frame.head(most).itertuples())
     ]
-    note = f"above: the original, below: what came back; PSNR and SSIM; the first {len(cells)} of {len(frame)} images."
+    note = f"above: the original, below: what came back; the first {len(cells)} of {len(frame)} images."
     return contact_sheet("Reconstructions", note, in_lines(cells, columns))
 
 
@@ -427,12 +428,13 @@ def _nearest(
     cells = [
         Cell(
             [_picture(folder, row.file), to_pil(real_image(int(row.nearest_row))).convert("RGB")],
-            f"{row.nearest_distance:.2f}\nimage {row.id}",
+            f"distance {row.nearest_distance:.2f}\nof image {row.id}\nto {row.nearest_real}",
         )
         for row in pairs.itertuples()
     ]
     note = (
-        f"above: generated, below: its nearest training image; {units['nearest_distance']}; "
+        "above: a generated image, below: the training image nearest to it; the distance is "
+        f"{units['nearest_distance']}, from the id of the one to the name of the other; "
         f"the {len(cells)} closest of {len(frame)} pairs. A pair that looks the same is a memorised image."
     )
     return contact_sheet("Nearest training images", note, in_lines(cells, columns))

@@ -70,6 +70,31 @@ def test_prompts_and_scores_stand_beside_their_images(tmp_path):
     assert captions == [f"{row.clip_score:.3f} {row.prompt}" for row in rows]
 
 
+def test_a_pair_says_whose_numbers_it_has(tmp_path):
+    def captions(figure):
+        return [text.get_text() for text in figure.axes[0].texts[2:]]
+
+    frame = make_run(tmp_path, n=4, psnr=21.34, ssim=0.6)
+    nearest = plots._nearest(tmp_path, frame, {"nearest_distance": "L2"}, real)
+    rows = frame.sort_values("nearest_distance").itertuples()
+    assert captions(nearest) == [
+        f"distance {row.nearest_distance:.2f}\nof image {row.id}\nto {row.nearest_real}" for row in rows
+    ]
+    pairs = plots._reconstructions(tmp_path, frame, real)
+    assert captions(pairs) == [f"PSNR 21.3 dB\nSSIM 0.60\nimage {k:06d}" for k in range(4)]
+
+
+@pytest.mark.parametrize("scorer", [CLIP, "anther-flowers-32/embedded"])
+def test_what_stands_below_the_bars_is_within_the_picture(tmp_path, scorer):
+    prompts = ("a prompt of very many words that goes on and on and on", *PROMPTS[1:])
+    frame = make_run(tmp_path, n=9, prompts=prompts)
+    figure = plots._prompts(frame, {"clip_score": f"cosine of image and prompt by {scorer}"})
+    plots.save(figure, tmp_path / "prompts.png")
+    box = figure.axes[0].xaxis.label.get_window_extent()
+    assert box.x0 > 0
+    assert box.x1 < figure.bbox.width
+
+
 def test_means_and_deviations_are_those_of_each_prompt():
     rng = np.random.default_rng(1)
     frame = pd.DataFrame({"prompt": [*"abcab", None, "d"], "clip_score": rng.normal(size=7)})
