@@ -27,8 +27,9 @@ class SampleGrid(Callback):
     """Draws the same seeds and prompts every few epochs and at the end of the fit, with the averaged weights.
 
     Writes `step-000400.png`, a row per guidance weight and a column per image; `step-000400.json`, which says for each
-    cell its row, column, prompt, weight and seed; and `step-000400.gif`, the way from noise to those images. Loggers
-    that hold pictures get `samples_grid`, and W&B the table `sample_prediction`. One process draws, the others wait.
+    cell its row, column, prompt, weight and seed, and of which epoch all are, counted from 0 as in `metrics.csv`; and
+    `step-000400.gif`, the way from noise to those images. Loggers that hold pictures get `samples_grid`, and W&B the
+    table `sample_prediction`. One process draws, the others wait.
 
     Args:
         dirpath: folder of the pictures.
@@ -84,17 +85,18 @@ class SampleGrid(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         if due(trainer, self.every_n_epochs) and trainer.is_global_zero:
-            self._draw(trainer, pl_module, animate=self.gif == "always")
+            self._draw(trainer, pl_module, trainer.current_epoch, animate=self.gif == "always")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         if trainer.is_global_zero:
             with averaged(trainer, pl_module):
-                self._draw(trainer, pl_module, animate=self.gif != "never")
+                # By now the trainer counts the last epoch as done.
+                self._draw(trainer, pl_module, max(trainer.current_epoch - 1, 0), animate=self.gif != "never")
 
     def _cells(self, module: Generator) -> list[Cell]:
         return cells(module, self.prompts, self.weights, self.per_prompt, self.seed)
 
-    def _draw(self, trainer: Trainer, module: LightningModule, animate: bool) -> None:
+    def _draw(self, trainer: Trainer, module: LightningModule, epoch: int, animate: bool) -> None:
         assert isinstance(module, Generator)
         path = self.dirpath / f"step-{trainer.global_step:06d}.png"
         if path == self.last_picture and not animate:
@@ -109,7 +111,7 @@ class SampleGrid(Callback):
         if animate:
             save_gif(trajectory.pictures(columns, self.scale), path.with_suffix(".gif"))
         record = {
-            "epoch": trainer.current_epoch,
+            "epoch": epoch,
             "step": trainer.global_step,
             "cells": [{"row": k // columns, "column": k % columns, **asdict(c)} for k, c in enumerate(wanted)],
         }
@@ -124,7 +126,7 @@ class SampleGrid(Callback):
             trainer.loggers,
             "sample_prediction",
             ["epoch", what, "guidance_weight", "image"],
-            [[trainer.current_epoch, c.prompt, c.weight, to_pil(x)] for c, x in zip(wanted, images, strict=True)],
+            [[epoch, c.prompt, c.weight, to_pil(x)] for c, x in zip(wanted, images, strict=True)],
             trainer.global_step,
         )
 

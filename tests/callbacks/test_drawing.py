@@ -1,3 +1,4 @@
+import csv
 import json
 
 import numpy as np
@@ -16,6 +17,7 @@ from diffusion.errors import AntherError
 from diffusion.evaluation.clip_score import ClipScore
 from diffusion.evaluation.embeddings import capture, reduced
 from diffusion.images import from_uint8
+from diffusion.loggers import CSVLog
 from diffusion.modules.diffusion import ClassifierFreeDiffusion
 from tests.callbacks.tiny_training import CLASSES, Dots, module, same, trainer, weights
 
@@ -51,11 +53,24 @@ def test_pictures_come_every_n_epochs_and_the_animation_with_the_last(tmp_path):
     grid = SampleGrid(tmp_path, per_prompt=3, every_n_epochs=2, gif="last")
     trainer(tmp_path, grid, max_epochs=5, num_sanity_val_steps=1).fit(module(conditional=False), datamodule=Dots())
     assert sorted(p.name for p in tmp_path.glob("step*.png")) == [f"step-{s:06d}.png" for s in (8, 16, 20)]
+    records = [json.loads((tmp_path / f"step-{s:06d}.json").read_text()) for s in (8, 16, 20)]
+    assert [record["epoch"] for record in records] == [1, 3, 4]
     assert [p.name for p in tmp_path.glob("*.gif")] == ["step-000020.gif"]
     animation = Image.open(tmp_path / "step-000020.gif")
     assert animation.n_frames == 4  # 3 steps and the image
     assert animation.size == (2 * (3 * (16 + 2) + 2), 16 + 2 * 2)  # x_t and x_0 beside each other, magnified by 2
     assert json.loads((tmp_path / "step-000020.json").read_text())["cells"][2]["prompt"] is None
+
+
+@pytest.mark.parametrize("steps", [6, 8])
+def test_pictures_and_metrics_say_the_same_epoch(tmp_path, steps):
+    grid, log = SampleGrid(tmp_path, every_n_epochs=2), CSVLog(tmp_path / "metrics.csv")
+    trainer(tmp_path, grid, max_steps=steps, logger=log).fit(module(conditional=False), datamodule=Dots())
+    log.finalize("success")
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        *_, last = csv.DictReader(file)
+    record = json.loads((tmp_path / f"step-{steps:06d}.json").read_text())
+    assert (record["step"], record["epoch"]) == (steps, int(last["epoch"])) == (steps, 1)
 
 
 def test_drawing_does_not_change_the_training(tmp_path):
