@@ -32,7 +32,7 @@ TITLES: Mapping[str, tuple[str, str]] = {
     "classifier_accuracy": ("classifier accuracy", "share of accepted images that are what was asked for"),
     "psnr": ("PSNR", "of reconstructions, in dB: mean over the images"),
     "ssim": ("SSIM", "of reconstructions: mean structural similarity, 1 at best"),
-    "diversity": ("diversity", "mean distance between random pairs, as the project seed 004 computed it"),
+    "diversity": ("diversity, random pairs", "mean distance between them, as the project seed 004 computed it"),
     "diversity_pairs": ("diversity, all pairs", "mean distance over every pair"),
     "clip_score": ("CLIP score", "mean cosine of image and prompt"),
     "nearest_distance": ("nearest training image", "mean distance to it; small for a model that memorises"),

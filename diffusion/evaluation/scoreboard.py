@@ -215,13 +215,21 @@ def write_csv(board: Board, path: Path) -> None:
 
 
 def draw(board: Board) -> "Figure":
-    """Bars of every metric, a row of panels per setting; dashed lines are good and excellent."""
+    """Bars of every metric, a row of panels per setting, and below them what the lines are."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     sizes = [len(entries) for entries in board.groups.values()]
-    heights = [0.9 + 0.34 * size for size in sizes]
-    figure = Figure(figsize=(13, sum(heights) + 0.4 * len(sizes)), dpi=DPI, layout="constrained")
-    rows = figure.subfigures(len(sizes), 1, height_ratios=heights, squeeze=False)[:, 0]
+    heights = [0.9 + 0.34 * size + 0.4 for size in sizes]
+    figure = Figure(figsize=(13, sum(heights) + 0.3), dpi=DPI, layout="constrained")
+    *rows, below = figure.subfigures(len(sizes) + 1, 1, height_ratios=[*heights, 0.3], squeeze=False)[:, 0]
+    lines = [
+        Line2D([], [], color=ORANGE, lw=1, ls="--", label="good (seed 004's words)"),
+        Line2D([], [], color=ORANGE, lw=1, ls=":", label="excellent"),
+        Line2D([], [], color=GREY, lw=1.5, label="± deviation"),
+        Line2D([], [], ls="", label="↓ lower is better, ↑ higher is better"),
+    ]
+    below.legend(handles=lines, loc="center", ncols=len(lines), fontsize=8)
     for row, (setting, entries) in zip(rows, board.groups.items(), strict=True):
         row.suptitle(board.title(setting), x=0.01, ha="left", fontsize=10, weight="bold")
         for axes, metric in zip(row.subplots(1, len(METRICS), sharey=True), METRICS, strict=True):

@@ -119,6 +119,18 @@ def test_runs_of_one_experiment_are_told_apart_in_the_picture(runs):
     assert ["flowers102 (DDIM 50)"] in labels
 
 
+def test_the_picture_says_which_diversity_it_has_and_what_the_lines_are(runs):
+    figure = draw(collect(runs))
+    titles = [panel.get_title() for panel in figure.axes]
+    assert titles[:4] == ["FID ↓", "KID ↓", "Inception Score ↑", "diversity, random pairs"]
+    (legend,) = figure.subfigs[-1].legends
+    assert [text.get_text() for text in legend.get_texts()][:3] == [
+        "good (seed 004's words)",
+        "excellent",
+        "± deviation",
+    ]
+
+
 def test_what_has_no_fid_is_named(runs, capsys, tmp_path_factory):
     alone = tmp_path_factory.mktemp("alone")
     (alone / "x").mkdir()
