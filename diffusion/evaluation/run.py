@@ -26,7 +26,7 @@ from diffusion.evaluation.prompts import labels_of, read_prompts
 from diffusion.evaluation.reals import Reals, read_reals
 from diffusion.evaluation.report import TITLES, print_metrics, read_metrics, split_key, write_metrics, write_report
 from diffusion.evaluation.scoring import Scorers
-from diffusion.evaluation.subject import Subject, load_data, load_subject
+from diffusion.evaluation.subject import CONF, Subject, load_data, load_subject
 from diffusion.fabric import make_fabric, on_rank_zero
 from diffusion.files import sha256
 from diffusion.images import PngFiles, from_uint8
@@ -268,9 +268,15 @@ def _caution(subject: Subject, plan: Plan, scorers: Scorers) -> str | None:
 
 
 def _data_name(subject: Subject) -> str | None:
+    """What a person calls the data: their own name, else what `data=` calls the only config of their class."""
     node = subject.config.get("data", {})
-    name: str | None = node.get("name") or str(node.get("_target_", "")).rpartition(".")[2] or None
-    return name
+    if name := node.get("name"):
+        return str(name)
+    target = str(node.get("_target_", ""))
+    configs = {path.stem: yaml.safe_load(path.read_text("utf-8")) for path in sorted((CONF / "data").glob("*.yaml"))}
+    # The class of a folder says nothing of what is in it: its configs have a `name`, which may be null.
+    known = [stem for stem, config in configs.items() if config.get("_target_") == target and "name" not in config]
+    return known[0] if len(known) == 1 else target.rpartition(".")[2] or None
 
 
 def _score(
