@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from diffusion.curation import brain, database, records
 from diffusion.errors import AntherError
 from diffusion.evaluation.report import public, read_metrics
+from diffusion.threads import as_many_as_before
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -344,7 +345,7 @@ def _visualise(dataset: Any, embeddings: NDArray[np.floating], left_out: list[st
     if n <= UMAP_NEIGHBOURS:
         left_out.append(f"umap: it needs more than {UMAP_NEIGHBOURS} images, here are {n}")
     else:
-        with warnings.catch_warnings():
+        with as_many_as_before(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "n_jobs value")  # a seed makes it serial
             fob.compute_visualization(
                 dataset, embeddings=embeddings, brain_key="umap", method="umap", num_dims=2, seed=0, verbose=False

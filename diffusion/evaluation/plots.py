@@ -8,6 +8,7 @@ from textwrap import shorten, wrap
 from typing import TYPE_CHECKING, Any, Literal
 
 from diffusion.files import atomic
+from diffusion.threads import as_many_as_before
 
 if TYPE_CHECKING:
     import numpy as np
@@ -291,7 +292,8 @@ def _embeddings(
 
         method, names = "UMAP", ("UMAP 1", "UMAP 2")
         neighbours = min(15, len(points) - 1)
-        places = UMAP(n_neighbors=neighbours, init="pca", random_state=seed, n_jobs=1).fit_transform(points)
+        with as_many_as_before():
+            places = UMAP(n_neighbors=neighbours, init="pca", random_state=seed, n_jobs=1).fit_transform(points)
     what = next(
         (name for name in ("prompt", "label", "final_label") if name in frame and frame[name].notna().any()), None
     )
