@@ -12,7 +12,6 @@ children, with one thread, since machines are shared.
 import argparse
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
+from benchmarks.apart import cpu_seconds, timed
 from benchmarks.where import print_where
 from diffusion.allocator import keep_freed_memory
 from diffusion.assets import cache_dir
@@ -45,11 +45,6 @@ class Clock(Callback):
 
 SECONDS: list[float] = []
 WEIGHTS = (1, 2, 4)  # each of both branches, as much work
-
-
-def cpu_seconds() -> float:
-    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def train(folder: Path, reals: int) -> Path:
@@ -121,11 +116,10 @@ def sweep(checkpoint: Path, folder: Path, options: argparse.Namespace) -> None:
 
 def run_alone(checkpoint: Path, folder: Path, options: argparse.Namespace) -> float:
     """CPU seconds of the last point by a process of its own."""
-    before = cpu_seconds()
     words = [f"guidance.weight={WEIGHTS[-1]}", f"hydra.run.dir={folder}"]
     command = [sys.executable, "evaluate.py", *settings(checkpoint, options), *words]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return cpu_seconds() - before
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return timed(lambda: subprocess.run(command, cwd=ROOT, check=True, **quiet))[0]
 
 
 def compare(one: Path, other: Path) -> None:
