@@ -48,6 +48,7 @@ from datamodules.drawn import DrawnFlowers
 from diffusion.allocator import keep_freed_memory
 from diffusion.assessment import calculate_clip_score, calculate_fid
 from diffusion.assets import AssetError
+from diffusion.conditioning import onednn
 from diffusion.conditioning.openclip import load_clip
 from diffusion.evaluation.distribution import subset_size
 from diffusion.evaluation.inception import Extractor, _default_weights, load_extractor, load_network
@@ -215,6 +216,7 @@ def guides_fid(real: np.ndarray, generated: np.ndarray) -> float:
 def make_peers(task: Task, clip: tuple[str, str], folder: Path) -> dict[str, Any]:
     """What ours is measured against, ready to begin."""
     be_quiet()
+    onednn.pays = lambda: False  # one by one, CLIP has the layers that open_clip gave it
     fidelity = TorchFidelity(task, load_extractor(task.inception), folder)
     peers: dict[str, Any] = {"torch-fidelity": fidelity, "one by one": OneByOne(task.inception, clip)}
     peers["torch-fidelity"].warm_up()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.assets import Asset, AssetError, cache_dir, resolve
+from diffusion.conditioning import onednn
 from diffusion.errors import AntherError
 from diffusion.files import sha256
 
@@ -94,6 +95,8 @@ class ClipModel:
         self.device = device
         self._setting = setting
         self._network: Any = network.eval().requires_grad_(False).float().to(device)
+        if onednn.pays():
+            onednn.by_onednn(self._network)
         self._tokenizer = tokenizer
         self._known = None if token_ids is None else frozenset(token_ids.tolist())
         self._transform = image_transform_v2(PreprocessCfg(**source.preprocess), is_train=False)
