@@ -1,9 +1,13 @@
-"""A process beside the benchmark's own, for peers that would gain from what our commands set for a whole process."""
+"""Seconds of work, and a process beside the benchmark's own for peers that would gain from what ours sets for one."""
 
 import multiprocessing
 import resource
+import time
 from collections.abc import Callable
 from typing import Any
+
+import torch
+from threadpoolctl import threadpool_limits
 
 
 def cpu_seconds() -> float:
@@ -12,11 +16,24 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
-def timed(call: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    """CPU seconds, and what the call returned."""
-    before = cpu_seconds()
+def timed(call: Callable[..., Any], *arguments: Any, device: str = "cpu") -> tuple[float, Any]:
+    """Seconds, and what the call returned.
+
+    Args:
+        call: works on `device`.
+        *arguments: of `call`.
+        device: on a CPU seconds are the processor's, since it is shared; on a GPU the clock's, until it is done.
+    """
+    before = _now(device)
     result = call(*arguments)
-    return cpu_seconds() - before, result
+    return _now(device) - before, result
+
+
+def _now(device: str) -> float:
+    if device == "cpu":
+        return cpu_seconds()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()
 
 
 class Apart:
@@ -27,17 +44,18 @@ class Apart:
     Args:
         make: makes the objects by name, there.
         *arguments: of `make`.
+        device: see `timed`.
     """
 
-    def __init__(self, make: Callable[..., dict[str, Any]], *arguments: Any) -> None:
+    def __init__(self, make: Callable[..., dict[str, Any]], *arguments: Any, device: str = "cpu") -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make, arguments))
+        self._process = context.Process(target=_serve, args=(theirs, make, arguments, device))
         self._process.start()
         theirs.close()
 
     def timed(self, name: str, method: str, *arguments: Any) -> tuple[float, Any]:
-        """CPU seconds there, and what the method of the object of that name returned."""
+        """Seconds there, and what the method of the object of that name returned."""
         self._pipe.send((name, method, arguments))
         return self._pipe.recv()  # type: ignore[no-any-return]
 
@@ -47,10 +65,7 @@ class Apart:
         self._process.join()
 
 
-def _serve(pipe: Any, make: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> None:
-    import torch
-    from threadpoolctl import threadpool_limits
-
+def _serve(pipe: Any, make: Callable[..., dict[str, Any]], arguments: tuple[Any, ...], device: str) -> None:
     # A spawned process would spawn the workers of its loaders too, which import everything anew.
     multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(1)
@@ -58,4 +73,4 @@ def _serve(pipe: Any, make: Callable[..., dict[str, Any]], arguments: tuple[Any,
     objects = make(*arguments)
     while (asked := pipe.recv()) is not None:
         name, method, rest = asked
-        pipe.send(timed(getattr(objects[name], method), *rest))
+        pipe.send(timed(getattr(objects[name], method), *rest, device=device))

@@ -55,8 +55,8 @@ def make_network(name: str, kind: type[UNet] = UNet) -> UNet:
 class Loop(ABC):
     """A loop over tensors in memory; what a step does is the kind's own."""
 
-    def __init__(self, network: UNet, images: Tensor, batch_size: int) -> None:
-        self.network = network
+    def __init__(self, network: UNet, images: Tensor, batch_size: int, device: str) -> None:
+        self.network, self.device = network.to(device), device
         self.loader = DataLoader(TensorDataset(images), batch_size, shuffle=True, drop_last=True)
         self.batches = self._forever()
 
@@ -67,7 +67,7 @@ class Loop(ABC):
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
-            self.step(next(self.batches))
+            self.step(next(self.batches).to(self.device))
 
     @abstractmethod
     def step(self, x_0: Tensor) -> None: ...
@@ -76,9 +76,9 @@ class Loop(ABC):
 class Notebook(Loop):
     """The course's: contiguous float32, uniform times, noise from the global generator, Adam."""
 
-    def __init__(self, network: UNet, images: Tensor, batch_size: int) -> None:
-        super().__init__(network, images, batch_size)
-        abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, T), 0)
+    def __init__(self, network: UNet, images: Tensor, batch_size: int, device: str) -> None:
+        super().__init__(network, images, batch_size, device)
+        abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, device=device), 0)
         self.signal, self.noise = abar.sqrt(), (1 - abar).sqrt()
         self.optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
 
@@ -89,22 +89,27 @@ class Notebook(Loop):
 
     def step(self, x_0: Tensor) -> None:
         self.optimizer.zero_grad()
-        self.loss(x_0, torch.randint(0, T, (len(x_0),)), torch.randn_like(x_0)).backward()
+        t = torch.randint(0, T, (len(x_0),), device=self.device)
+        self.loss(x_0, t, torch.randn_like(x_0)).backward()
         self.optimizer.step()
 
 
 class Diffusers(Loop):
     """diffusers' `train_unconditional.py` with its defaults: AdamW, gradient norm 1, warm-up and cosine, its EMA.
 
-    Without accelerate, which on one device in float32 changes nothing.
+    Without accelerate, which on one device in float32 changes nothing, and in bf16 sets autocast around the network.
+
+    Args:
+        bf16: its `--mixed_precision=bf16`.
     """
 
-    def __init__(self, network: UNet, images: Tensor, batch_size: int) -> None:
+    def __init__(self, network: UNet, images: Tensor, batch_size: int, device: str, bf16: bool = False) -> None:
         from diffusers import DDPMScheduler
         from diffusers.optimization import get_scheduler
         from diffusers.training_utils import EMAModel
 
-        super().__init__(network, images, batch_size)
+        super().__init__(network, images, batch_size, device)
+        self.bf16 = bf16
         self.noise_scheduler = DDPMScheduler(num_train_timesteps=T)
         self.optimizer = torch.optim.AdamW(
             network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8
@@ -114,10 +119,13 @@ class Diffusers(Loop):
 
     def loss(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         x_t = self.noise_scheduler.add_noise(x_0, eps, t)
-        return F.mse_loss(self.network(x_t, (t + 1) / T).float(), eps.float())
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            output = self.network(x_t, (t + 1) / T)
+        return F.mse_loss(output.float(), eps.float())
 
     def step(self, x_0: Tensor) -> None:
-        self.loss(x_0, torch.randint(0, T, (len(x_0),)).long(), torch.randn(x_0.shape)).backward()
+        noise = torch.randn(x_0.shape, device=self.device)
+        self.loss(x_0, torch.randint(0, T, (len(x_0),), device=self.device).long(), noise).backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         self.rate.step()

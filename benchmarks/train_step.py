@@ -28,7 +28,13 @@ of these images, or after `every_n_steps`; where that is more than `share` of th
 On a busy machine a turn is off by some per cent, and the median of a few turns by half of that: a difference of 1.03 is
 seen where the turns agree, or over several runs.
 
-    python -m benchmarks.train_step [network] [batch size] [--turns 6] [--peers]    network: demo (default), flowers
+On a GPU, if there is one, seconds are the clock's, ours is what `trainer=gpu` trains, the bare loop is in bf16 too, the
+matrix product is of 8192 x 8192 in bf16, and there are a row of ours in float32 and one of diffusers with its
+`--mixed_precision=bf16`, instead of those of bf16 and of the allocator.
+
+    python -m benchmarks.train_step [network] [batch size] [--turns 6] [--peers] [--device cpu]
+
+network: demo (default), flowers
 
 With `--peers` the other rows of ours are left out: each takes as much memory as ours, and flowers at 128 takes 9 GB.
 """
@@ -58,7 +64,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.apart import Apart, timed
 from benchmarks.peers import CONF, Diffusers, Notebook, PlainUNet, T, make_network
-from benchmarks.where import print_where
+from benchmarks.where import device_option, print_where
 from callbacks.checkpoints import LastCheckpoint
 from callbacks.progress import ProgressLines
 from callbacks.samples import SampleGrid
@@ -77,11 +83,12 @@ from diffusion.training import _parts
 
 SECONDS = 2.0  # of a turn, as near as whole steps allow
 SAVES = 3
-TOLERANCES = {"32-true": 1e-5, "bf16-mixed": 1e-2}  # of losses on the probe, and of the norms of their gradients
 PEERS: dict[str, Any] = {"notebook": Notebook, "diffusers": Diffusers}
 
 
-def composed(name: str, batch_size: int, folder: Path, precision: str = "32-true") -> dict[str, Any]:
+def composed(
+    name: str, batch_size: int, folder: Path, precision: str = "32-true", device: str = "cpu"
+) -> dict[str, Any]:
     """The config of `train.py experiment=<name>`, with what must differ."""
     words = [
         f"experiment={name}",
@@ -92,7 +99,7 @@ def composed(name: str, batch_size: int, folder: Path, precision: str = "32-true
         "callbacks.progress._target_=callbacks.progress.ProgressLines",
         "callbacks.samples.prompts=null",
         "callbacks.samples.weights=null",
-        "trainer.accelerator=cpu",
+        f"trainer.accelerator={device}",
         f"trainer.precision={precision}",
         "trainer.max_epochs=-1",
         f"trainer.max_steps={10**9}",
@@ -117,10 +124,11 @@ def make_data(config: dict[str, Any]) -> DrawnFlowers:
 class Fit(lightning.Callback):
     """`Trainer.fit` that stops after each turn until it is asked for the next; it lives on a thread of its own."""
 
-    def __init__(self, name: str, batch_size: int, folder: Path, precision: str = "32-true") -> None:
+    def __init__(self, name: str, batch_size: int, folder: Path, precision: str, device: str) -> None:
         self._left = 0
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        config = composed(name, batch_size, folder, precision)
+        config = composed(name, batch_size, folder, precision, device)
+        self._device = device
         self._data = make_data(config)
         self._module = Diffusion(Denoiser(make_network(name), Linear(T)), DDPM(), partial(torch.optim.Adam, lr=1e-4))
         self._module.config = config
@@ -142,7 +150,8 @@ class Fit(lightning.Callback):
 
     def check(self, expected: list[float], tolerance: float) -> None:
         """Holds loss and gradient on the probe, in the arithmetic of the fit, against those of the bare loop."""
-        x_0, t, eps = probe(self._data.pixels("train"))
+        x_0, t, eps = probe(self._data.pixels("train"), self._device)
+        self._module.to(self._device)
         with self._trainer.precision_plugin.forward_context():
             loss = self._module.denoiser.loss(x_0, (t + 1).double() / T, eps).mean()
         assert_near(loss_and_gradients(loss, self._module.denoiser.network), expected, tolerance)
@@ -186,9 +195,10 @@ class Fit(lightning.Callback):
 class Bare:
     """The step of ours by hand."""
 
-    def __init__(self, denoiser: Denoiser, data: DrawnFlowers) -> None:
-        self.denoiser, self.data = denoiser, data
-        lay_out(denoiser.network, torch.device("cpu"), "32-true")
+    def __init__(self, denoiser: Denoiser, data: DrawnFlowers, precision: str, device: str) -> None:
+        self.denoiser, self.data = denoiser.to(device), data
+        self.device, self.bf16 = device, precision == "bf16-mixed"
+        lay_out(denoiser.network, torch.device(device), precision)
         self.parameters = list(denoiser.network.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, lr=1e-4)
         self.average = [p.detach().clone() for p in self.parameters]
@@ -202,11 +212,13 @@ class Bare:
             if batch is None:
                 self.batches = iter(self.loader)
                 batch = next(self.batches)
-            x_0 = batch["image"]
+            x_0 = batch["image"].to(self.device, non_blocking=True)
             n = len(x_0)
             draws = draw_training((TRAINING, 0, self.steps), n, range(n), x_0.shape[1:], T, "stratified")
             self.optimizer.zero_grad()
-            self.denoiser.loss(x_0, draws.t, draws.eps).mean().backward()
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+                loss = self.denoiser.loss(x_0, draws.t.to(self.device), draws.eps.to(x_0)).mean()
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             with torch.no_grad():
@@ -220,30 +232,31 @@ def has_bf16() -> bool:
 
 
 class MatrixProduct:
-    """FLOP per CPU second in float32, by BLAS and by oneDNN: on AMD's processors they differ by a factor of two."""
+    """FLOP per second: on a CPU in float32, by BLAS and by oneDNN, which on AMD's differ by two; on a GPU in bf16."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self.device, self.size = device, 2048 if device == "cpu" else 8192
+        if device != "cpu":
+            a = torch.randn(self.size, self.size, device=device, dtype=torch.bfloat16)
+            self.ways: list[Callable[[], Any]] = [lambda: a @ a]
+            return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it still works
             from torch.utils.mkldnn import to_mkldnn
 
-        a = torch.randn(2048, 2048)
-        linear = to_mkldnn(torch.nn.Linear(2048, 2048, bias=False))
-        self.ways: list[Callable[[], Any]] = [lambda: a @ a, partial(linear, a.to_mkldnn())]
+        a = torch.randn(self.size, self.size)
+        linear = to_mkldnn(torch.nn.Linear(self.size, self.size, bias=False))
+        self.ways = [lambda: a @ a, partial(linear, a.to_mkldnn())]
 
     def rate(self) -> float:
         """The faster one's best of three."""
-        seconds = []
-        for way in self.ways * 3:
-            before = time.process_time()
-            way()
-            seconds.append(time.process_time() - before)
-        return 2 * 2048**3 / min(seconds)
+        return 2 * self.size**3 / min(timed(way, device=self.device)[0] for way in self.ways * 3)
 
 
-def probe(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def probe(images: torch.Tensor, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A few images, times as the peers count them, and noise: all sides have the same loss there."""
-    return from_uint8(images[:4]), torch.tensor([0, 7, 200, 399]), torch.randn(4, 3, 32, 32, generator=generator(0))
+    t, eps = torch.tensor([0, 7, 200, 399]), torch.randn(4, 3, 32, 32, generator=generator(0))
+    return from_uint8(images[:4]).to(device), t.to(device), eps.to(device)
 
 
 def loss_and_gradients(loss: torch.Tensor, network: torch.nn.Module) -> list[float]:
@@ -263,26 +276,38 @@ def assert_near(values: list[float], expected: list[float], tolerance: float) ->
     assert all(near), (values, expected)
 
 
-def make_peers(name: str, batch_size: int, folder: Path, expected: list[float]) -> dict[str, Any]:
+def make_peers(name: str, batch_size: int, folder: Path, expected: list[float], device: str) -> dict[str, Any]:
     """The loops that ours is measured against, after a look at their loss and gradient on the probe."""
     images = make_data(composed(name, batch_size, folder)).pixels("train")
-    peers = {side: kind(make_network(name, PlainUNet), from_uint8(images), batch_size) for side, kind in PEERS.items()}
-    for peer in peers.values():
-        theirs = loss_and_gradients(peer.loss(*probe(images)), peer.network)
-        assert_near(theirs, expected, TOLERANCES["32-true"])
+    peers = {
+        side: kind(make_network(name, PlainUNet), from_uint8(images), batch_size, device)
+        for side, kind in sides_of_peers(device).items()
+    }
+    for side, peer in peers.items():
+        theirs = loss_and_gradients(peer.loss(*probe(images, device)), peer.network)
+        assert_near(theirs, expected, tolerance("bf16-mixed" if side == "diffusers, bf16" else "32-true", device))
     return peers
 
 
+def sides_of_peers(device: str) -> dict[str, Any]:
+    return PEERS | ({} if device == "cpu" else {"diffusers, bf16": partial(Diffusers, bf16=True)})
+
+
+def tolerance(precision: str, device: str) -> float:
+    """Of losses on the probe, and of the norms of their gradients; a GPU convolves float32 in TF32 by default."""
+    return 1e-5 if precision == "32-true" and device == "cpu" else 1e-2
+
+
 def make_ours(
-    name: str, batch_size: int, folder: Path, precision: str, keep: bool, expected: list[float]
+    name: str, batch_size: int, folder: Path, precision: str, keep: bool, expected: list[float], device: str
 ) -> dict[str, Any]:
     """Ours, for a process that keeps freed memory or not, after a look at its loss and gradient on the probe."""
     be_quiet()
     one_arena()
     if keep:
         keep_freed_memory()
-    fit = Fit(name, batch_size, folder, precision)
-    fit.check(expected, TOLERANCES[precision])
+    fit = Fit(name, batch_size, folder, precision, device)
+    fit.check(expected, tolerance(precision, device))
     return {"ours": fit}
 
 
@@ -305,48 +330,55 @@ def main() -> None:
     parser.add_argument("batch_size", nargs="?", type=int, default=32)
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--peers", action="store_true", help="without the other rows of ours, which take memory")
+    device_option(parser)
     options = parser.parse_args()
-    print_where("lightning", "diffusers")
+    print_where("lightning", "diffusers", device=options.device)
     torch.set_num_threads(1)
     keep_freed_memory()
     one_arena()
     be_quiet()
     with tempfile.TemporaryDirectory() as folder:
-        measure(options.network, options.batch_size, options.turns, options.peers, Path(folder))
+        measure(options.network, options.batch_size, options.turns, options.peers, options.device, Path(folder))
 
 
-def measure(name: str, batch_size: int, turns: int, peers_alone: bool, folder: Path) -> None:
+def measure(name: str, batch_size: int, turns: int, peers_alone: bool, device: str, folder: Path) -> None:
     data = make_data(composed(name, batch_size, folder))
     # Nothing else in this process: what lies in a heap can move the time of all that works in it by some per cent.
-    ours = Fit(name, batch_size, folder / "ours")
-    bare = Bare(Denoiser(make_network(name), Linear(T)), data)
-    x_0, t, eps = probe(data.pixels("train"))
+    precision = "32-true" if device == "cpu" else "bf16-mixed"  # of trainer=gpu
+    ours = Fit(name, batch_size, folder / "ours", precision, device)
+    bare = Bare(Denoiser(make_network(name), Linear(T)), data, precision, device)
+    x_0, t, eps = probe(data.pixels("train"), device)
     loss = bare.denoiser.loss(x_0, (t + 1).double() / T, eps).mean()
     expected = loss_and_gradients(loss, bare.denoiser.network)
-    ours.check(expected, TOLERANCES["32-true"])
-    peers = Apart(make_peers, name, batch_size, folder / "peers", expected)
-    kinds = {"ours, bf16": ("bf16", "bf16-mixed", True)} if has_bf16() else {}
-    kinds["ours, allocator untouched"] = ("untouched", "32-true", False)
+    ours.check(expected, tolerance(precision, device))
+    peers = Apart(make_peers, name, batch_size, folder / "peers", expected, device, device=device)
+    if device != "cpu":
+        kinds = {"ours, float32": ("float32", "32-true", True)}
+    else:
+        kinds = {"ours, bf16": ("bf16", "bf16-mixed", True)} if has_bf16() else {}
+        kinds["ours, allocator untouched"] = ("untouched", "32-true", False)
     others = {
-        side: Apart(make_ours, name, batch_size, folder / part, precision, keep, expected)
-        for side, (part, precision, keep) in ({} if peers_alone else kinds).items()
+        side: Apart(make_ours, name, batch_size, folder / part, its, keep, expected, device, device=device)
+        for side, (part, its, keep) in ({} if peers_alone else kinds).items()
     }
     sides: dict[str, Callable[[int], float]] = {
-        "ours": lambda steps: timed(ours.run, steps)[0] / steps,
-        "bare loop": lambda steps: timed(bare.run, steps)[0] / steps,
+        "ours": lambda steps: timed(ours.run, steps, device=device)[0] / steps,
+        "bare loop": lambda steps: timed(bare.run, steps, device=device)[0] / steps,
         **{side: lambda steps, one=one: one.timed("ours", "run", steps)[0] / steps for side, one in others.items()},
-        **{side: lambda steps, side=side: peers.timed(side, "run", steps)[0] / steps for side in PEERS},
+        **{
+            side: lambda steps, side=side: peers.timed(side, "run", steps)[0] / steps for side in sides_of_peers(device)
+        },
     }
-    first = {side: turn(1) for side, turn in sides.items()}  # warms up, too
+    first = {side: [turn(1) for _ in range(2)][1] for side, turn in sides.items()}  # the first of all warms up
     steps = max(1, round(SECONDS / statistics.median(first.values())))
     seconds: dict[str, list[float]] = {side: [] for side in sides}
-    product, peaks = MatrixProduct(), []
+    product, peaks = MatrixProduct(device), []
     for k in range(turns):
         # There and back: a machine that grows slower or faster favours nobody.
         for side, turn in list(sides.items())[:: -1 if k % 2 else 1]:
             seconds[side].append(turn(steps))
         peaks.append(product.rate())
-    between, saves = ours.steps_between_saves, [timed(ours.save) for _ in range(SAVES)]
+    between, saves = ours.steps_between_saves, [timed(ours.save, device=device) for _ in range(SAVES)]
     peers.end()
     for one in others.values():
         one.timed("ours", "end")
@@ -355,24 +387,26 @@ def measure(name: str, batch_size: int, turns: int, peers_alone: bool, folder: P
 
     network = make_network(name, PlainUNet)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(x_0, (t + 1) / T)
+        network(x_0.cpu(), (t.cpu() + 1) / T)
     flop = 3 * counter.get_total_flops() / len(x_0) * batch_size
     parameters = sum(p.numel() for p in network.parameters())
     print(f"network {name} ({parameters:,} parameters), batch {batch_size}, one thread, {turns} turns of {steps} steps")
-    print(f"{'':26}{'images per CPU second':>22}{'ours is faster by':>32}{'share of matrix product':>26}")
+    per = "CPU second" if device == "cpu" else "second"
+    print(f"{'':26}{f'images per {per}':>22}{'ours is faster by':>32}{'share of matrix product':>26}")
     for side, values in seconds.items():
         ratios = [b / a for a, b in zip(seconds["ours"], values, strict=True)]
         by_turns = f"({min(ratios):.2f} to {max(ratios):.2f})"
         share = statistics.median(flop / s / peak for s, peak in zip(values, peaks, strict=True))
         rate = batch_size / statistics.median(values)
         print(f"{side:26}{rate:22.2f}{statistics.median(ratios):16.3f} {by_turns:15}{share:26.0%}")
-    print(f"matrix product {statistics.median(peaks) / 1e9:.0f} GFLOP per CPU second in float32")
+    kind = "float32" if device == "cpu" else "bf16"
+    print(f"matrix product {statistics.median(peaks) / 1e9:.0f} GFLOP per {per} in {kind}")
     ratios = [a / b for a, b in zip(seconds["ours"], seconds["bare loop"], strict=True)]
     over, low, high = statistics.median(ratios), min(ratios), max(ratios)
     save, waited = (statistics.median(values) for values in zip(*saves, strict=True))
     saving = 1 + save / between / statistics.median(seconds["ours"])
     print(f"ours over the bare loop {over:.3f} ({low:.3f} to {high:.3f} by turns), {over * saving:.3f} with saves:")
-    print(f"one of last.ckpt every {between} steps takes {save:.2f} CPU seconds, {waited:.2f} with the disk's")
+    print(f"one of last.ckpt every {between} steps takes {save:.2f} {per}s, {waited:.2f} with the disk's")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Where and when a table was measured: its first line."""
 
+import argparse
 import datetime
 import os
 import platform
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 INSTRUCTIONS = {
     "amx_tile": "AMX",
@@ -16,12 +19,21 @@ INSTRUCTIONS = {
 }
 
 
-def print_where(*libraries: str) -> None:
-    """The processor, its instructions, how busy it is, versions and the date.
+def device_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--device` to the options of a benchmark that can be run on a GPU."""
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=there, choices=sorted({"cpu", there}), help=f"{there}, unless it is given")
+
+
+def print_where(*libraries: str, device: str = "cpu") -> None:
+    """The device, the processor, its instructions, how busy it is, versions and the date.
 
     Args:
         *libraries: distributions besides torch whose versions matter.
+        device: where it is measured.
     """
+    if device != "cpu":
+        print(f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}, in a machine with", end=" ")
     model, has = processor(Path("/proc/cpuinfo"))
     told = ", ".join(name for flag, name in INSTRUCTIONS.items() if flag in has) or platform.machine()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *libraries))
