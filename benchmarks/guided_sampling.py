@@ -9,24 +9,27 @@
 Six images, w = 1, T = 400, DDPM, the same noise. First all sides walk all 400 steps with two of the images, which are
 compared. Then each turn is a short walk from t = 1 to 0, of another number of steps, there and back over the sides, in
 one process on one thread; its images are compared too. Seconds are CPU seconds, since machines are shared. A step costs
-the same in a walk of 400, so the time of 400 is that of a step as often.
+the same in a walk of 400, so the time of 400 is that of a step as often. On a GPU, if there is one, seconds are the
+clock's, walks are longer, and the images of the turns are not compared: there the peers convolve in TF32, torch's
+default, but for the whole walk.
 
-    python -m benchmarks.guided_sampling [network] [--turns 6]     network: demo (default), flowers
+    python -m benchmarks.guided_sampling [network] [--turns 6] [--device cpu]     network: demo (default), flowers
 """
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from benchmarks.apart import timed
 from benchmarks.peers import PlainUNet, T, make_network
 from benchmarks.train_step import has_bf16
-from benchmarks.where import print_where
+from benchmarks.where import device_option, print_where
 from diffusion.denoiser import Denoiser
 from diffusion.guidance import ClassifierFree
+from diffusion.networks.unet import UNet
 from diffusion.rng import ImageRNG
 from diffusion.samplers import DDPM
 from diffusion.schedules import Linear
@@ -40,24 +43,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guided_sampling")
     parser.add_argument("network", nargs="?", default="demo")
     parser.add_argument("--turns", type=int, default=6)
+    device_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print_where("diffusers")
+    device = options.device
+    print_where("diffusers", device=device)
     from diffusers import DDPMScheduler
 
     schedule = Linear(T)
-    network, plain = make_network(options.network).eval(), make_network(options.network, PlainUNet).eval()
+    network, plain = (make_network(options.network, kind).eval().to(device) for kind in (UNet, PlainUNet))
     size = network.img_size
-    cond = torch.randn(N, network.c_embed_dim, generator=torch.Generator().manual_seed(0))
-    null = torch.zeros(network.c_embed_dim)
+    cond = torch.randn(N, network.c_embed_dim, generator=torch.Generator().manual_seed(0)).to(device)
+    null = torch.zeros(network.c_embed_dim, device=device)
     guided = ClassifierFree(Denoiser(network, schedule), null, W)
 
     def ours(steps: int, n: int) -> Tensor:
         rng = ImageRNG(range(n))
-        return DDPM(steps)(guided, rng.randn((3, size, size)), rng, cond[:n])
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as the commands set it
+            return DDPM(steps)(guided, rng.randn((3, size, size), device), rng, cond[:n])
 
     def ours_bf16(steps: int, n: int) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             return ours(steps, n)
 
     def eps(x: Tensor, t: Tensor) -> Tensor:
@@ -68,14 +74,14 @@ def main() -> None:
     def published(steps: int, n: int) -> Tensor:
         """`sample_w` on the times of a shorter walk; its noise is that of the posterior, as ours."""
         rng = ImageRNG(range(n))
-        x = rng.randn((3, size, size))
+        x = rng.randn((3, size, size), device)
         abar = torch.cat([torch.ones(1), torch.cumprod(1 - torch.linspace(1e-4, 0.02, T), 0)])
         walk = (DDPM(steps).times(schedule) * T).round()
         for k, s in zip(walk[:-1].long().tolist(), walk[1:].long().tolist(), strict=True):
             a = abar[k] / abar[s]
-            x = (x - (1 - a) / (1 - abar[k]).sqrt() * eps(x, torch.tensor(k / T))) / a.sqrt()
+            x = (x - (1 - a) / (1 - abar[k]).sqrt() * eps(x, torch.tensor(k / T, device=device))) / a.sqrt()
             if s > 0:
-                x = x + ((1 - a) * (1 - abar[s]) / (1 - abar[k])).sqrt() * rng.randn(x.shape[1:])
+                x = x + ((1 - a) * (1 - abar[s]) / (1 - abar[k])).sqrt() * rng.randn(x.shape[1:], device)
         return x
 
     def diffusers(steps: int, n: int) -> Tensor:
@@ -83,30 +89,32 @@ def main() -> None:
         scheduler.set_timesteps(steps)
         rng = ImageRNG(range(n))
         generators = rng._generators
-        x = rng.randn((3, size, size))
+        x = rng.randn((3, size, size), device)
         for index in scheduler.timesteps:
-            x = scheduler.step(eps(x, (index + 1) / T), index, x, generator=generators).prev_sample
+            x = scheduler.step(eps(x, (index.to(device) + 1) / T), index, x, generator=generators).prev_sample
         return x
 
-    walks: dict[str, Walk] = {"ours": ours} | ({"ours, bf16": ours_bf16} if has_bf16() else {})
+    walks: dict[str, Walk] = {"ours": ours} | ({"ours, bf16": ours_bf16} if device != "cpu" or has_bf16() else {})
     walks |= {"published": published, "diffusers": diffusers}
     seconds: dict[str, list[float]] = {side: [] for side in walks}
     with torch.no_grad():
-        whole = differences({side: walk(T, WHOLE) for side, walk in walks.items()})
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            whole = differences({side: walk(T, WHOLE) for side, walk in walks.items()})
         assert max(whole["ours"], whole["published"]) < 1e-4, whole
         for turn in range(options.turns + 1):
-            steps = 2 + turn  # short walks, each of another length: the time of a step does not depend on it
+            # Short walks, each of another length: the time of a step does not depend on it.
+            steps = (2 + turn) * (1 if device == "cpu" else 10)
             images = {}
             for side, walk in list(walks.items())[:: -1 if turn % 2 else 1]:
-                before = time.process_time()
-                images[side] = walk(steps, N)
+                took, images[side] = timed(walk, steps, N, device=device)
                 if turn:  # the first one warms up
-                    seconds[side].append((time.process_time() - before) / steps)
+                    seconds[side].append(took / steps)
             off = differences(images)
-            assert max(off["ours"], off["published"]) < 1e-4, off
+            assert device != "cpu" or max(off["ours"], off["published"]) < 1e-4, off
     parameters = sum(p.numel() for p in network.parameters())
     print(f"network {options.network} ({parameters:,} parameters), {N} images, w = {W:g}, DDPM, one thread")
-    print(f"{'':12}{'CPU seconds per step':>22}{'400 steps':>12}{'ours is faster by':>32}{'images differ by':>20}")
+    per = "CPU second" if device == "cpu" else "second"
+    print(f"{'':12}{f'{per}s per step':>22}{'400 steps':>12}{'ours is faster by':>32}{'images differ by':>20}")
     for side, values in seconds.items():
         ratios = [b / a for a, b in zip(seconds["ours"], values, strict=True)]
         step, turns = statistics.median(values), f"({min(ratios):.2f} to {max(ratios):.2f})"

@@ -73,6 +73,7 @@ from diffusion import settings
 from diffusion.allocator import keep_freed_memory
 from diffusion.build import build
 from diffusion.denoiser import Denoiser
+from diffusion.fabric import set_precision
 from diffusion.images import from_uint8
 from diffusion.modules.diffusion import Diffusion, draw_training
 from diffusion.networks.layout import lay_out
@@ -134,6 +135,7 @@ class Fit(lightning.Callback):
         self._module.config = config
         parts = [*_parts(config, "callbacks"), self]
         self._trainer = build(config["trainer"], "trainer", callbacks=parts, logger=_parts(config, "logger"))
+        set_precision(precision)
         # It is of the whole process: the other sides' turns have torch's own.
         self._deterministic = torch.get_deterministic_debug_mode()
         torch.set_deterministic_debug_mode("default")
@@ -294,7 +296,7 @@ def sides_of_peers(device: str) -> dict[str, Any]:
 
 
 def tolerance(precision: str, device: str) -> float:
-    """Of losses on the probe, and of the norms of their gradients; a GPU convolves float32 in TF32 by default."""
+    """Of losses on the probe, and of the norms of their gradients; peers convolve in TF32 on a GPU, torch's default."""
     return 1e-5 if precision == "32-true" and device == "cpu" else 1e-2
 
 

@@ -18,7 +18,7 @@ from diffusion import checkpoint
 from diffusion.build import build
 from diffusion.cli import write_result
 from diffusion.errors import AntherError
-from diffusion.fabric import check_precision
+from diffusion.fabric import set_precision
 from diffusion.files import atomic, sha256
 from diffusion.loggers import finish
 from diffusion.loss_curve import draw_losses
@@ -63,7 +63,7 @@ def train(config: dict[str, Any], folder: Path) -> float | None:
     )
     # With `deterministic` torch fills new memory with NaN, to show who reads it before writing: a trial run will do.
     torch.utils.deterministic.fill_uninitialized_memory = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-    check_precision(trainer.precision)
+    set_precision(trainer.precision)
     if trainer.accumulate_grad_batches < 1:
         raise AntherError("trainer.accumulate_grad_batches counts the batches of a step: give 1 or more.")
     datamodule.prepare_data()

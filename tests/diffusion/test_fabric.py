@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 from diffusion.errors import AntherError
 from diffusion.fabric import make_fabric, on_rank_zero
@@ -55,3 +56,10 @@ def test_options_of_ddp_are_the_trainers_alone() -> None:
     assert type(fabric.strategy).__name__ == "DDPStrategy"
     with pytest.raises(AntherError, match="trainer=cpu"):
         make_fabric({"accelerator": "cpu", "devices": 1, "precision": "17"})
+
+
+def test_float32_is_not_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    # No GPU is asked for: what cuDNN would do there is torch's own default, and it is global.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    make_fabric({"accelerator": "cpu", "devices": 1, "precision": "32-true"})
+    assert not torch.backends.cudnn.allow_tf32
