@@ -233,6 +233,8 @@ class LastCheckpoint(Checkpoint):
             # max_steps ended the run within an epoch, which Lightning counts as over.
             _set(epochs, "processed", -1)
             _set(epochs, "completed", -1)
+            if pl_module.validated_at == trainer.global_step:
+                fit["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # an empty turn again, for the validation
         if trainer.validating or (trained and unfinished):
             # The validation is taken again as a whole: Lightning would go on in its middle, or leave it out and with
             # it the plateau scheduler's step.

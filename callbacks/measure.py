@@ -9,9 +9,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 
 def due(trainer: Trainer, every_n_epochs: int) -> bool:
-    """Whether the running validation ends an n-th epoch; one after the fit, for the objective alone, ends none."""
-    fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-    return fitting and (trainer.current_epoch + 1) % every_n_epochs == 0
+    """Whether the running validation is the first one after n more epochs.
+
+    Where each epoch is validated, that is at the end of each n-th. A validation after the fit, for the objective alone,
+    is none.
+    """
+    if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+        return False
+    between = trainer.check_val_every_n_epoch
+    if between is None:  # every so many batches, counted over epochs
+        batches, period = trainer.fit_loop.total_batch_idx + 1, every_n_epochs * trainer.num_training_batches
+        return batches // period > (batches - (trainer.val_check_batch or 0)) // period
+    epochs = trainer.current_epoch + 1
+    return epochs // every_n_epochs > (epochs - between) // every_n_epochs
 
 
 class Measure(Callback, ABC):

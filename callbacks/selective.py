@@ -19,7 +19,7 @@ class SelectiveReport(Callback):
     """Fits temperature and threshold on the split `calibration`, reports on `test`, and exports the classifier.
 
     Rank 0 writes `selective.json`, pictures in `plots/` and `classifier.safetensors` into the run folder, and the
-    loggers get `test/accuracy`, `test/coverage`, `test/accepted_accuracy` and `test/aurc`.
+    loggers get `test/accuracy`, `test/coverage` and `test/aurc`.
 
     Args:
         dirpath: the run folder.

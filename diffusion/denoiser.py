@@ -61,7 +61,8 @@ class Denoiser(nn.Module):
 
     Raises:
         AntherError: an unknown target or loss; an eps target on a schedule without signal at t = 1 (the noise then
-            says nothing about x_0); a network made for another number of steps than the schedule has.
+            says nothing about x_0); a weighting that is 0 at t = 1; a network made for another number of steps than the
+            schedule has.
     """
 
     def __init__(
@@ -79,6 +80,11 @@ class Denoiser(nn.Module):
             raise AntherError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}.")
         if target == "eps" and schedule.terminal_alpha < 1e-8:
             raise AntherError("the eps target cannot be learnt on a schedule with no signal at t = 1: use target=v.")
+        if not weighting(*schedule(torch.ones(1, dtype=torch.float64)), target).all():
+            raise AntherError(
+                "on a schedule with no signal at t = 1 this weighting gives that time no weight, where every drawing "
+                "begins: use weighting=unit, or a schedule with a signal there, such as schedule=cosine."
+            )
         if getattr(network, "T", schedule.T) != schedule.T:
             raise AntherError(
                 f"the network counts T = {network.T} steps and the schedule {schedule.T}: set network.T and schedule.T "

@@ -17,7 +17,7 @@ from diffusion.errors import AntherError
 from diffusion.evaluation.subject import described
 from diffusion.fabric import make_fabric
 from diffusion.files import atomic, sha256
-from diffusion.images import save_gif, save_png, sheet
+from diffusion.images import check_finite, save_gif, save_png, sheet
 from diffusion.rng import check_seed
 from diffusion.samplers import Sampler
 from diffusion.trajectory import Trajectory
@@ -77,6 +77,7 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
     seconds = time.perf_counter() - started
 
     every = torch.cat(images)
+    check_finite(every, [str(seed) for seed in seeds])
     columns = per_prompt if texts is not None and per_prompt > 1 else max(1, round(count**0.5))
     captions = texts if texts is not None else [f"seed {seed}" for seed in seeds]
     _clear(folder)

@@ -160,5 +160,7 @@ def _lead(towards: Tensor, away: Tensor, w: Tensor, rescale: float) -> Tensor:
     guided = (1 + w) * towards - w * away
     if rescale == 0:
         return guided
-    ratio = towards.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
+    deviation = guided.std((1, 2, 3), keepdim=True)
+    # An image of one colour has no deviation to bring back.
+    ratio = torch.where(deviation > 0, towards.std((1, 2, 3), keepdim=True) / deviation, 1)
     return rescale * ratio * guided + (1 - rescale) * guided

@@ -25,6 +25,24 @@ def from_uint8(images: Tensor) -> Tensor:
     return images.float().div(127.5).sub(1)
 
 
+def check_finite(images: Tensor, names: Sequence[str]) -> None:
+    """Refuses drawn images that would be saved as black ones.
+
+    Args:
+        images: (N, C, H, W).
+        names: of the images.
+
+    Raises:
+        AntherError: one holds NaN or infinity.
+    """
+    for name, image in zip(names, images, strict=True):
+        if not image.isfinite().all():
+            raise AntherError(
+                f"image {name} holds numbers that are not finite, so the model has diverged: use an earlier "
+                "checkpoint, a smaller guidance.weight, or trainer.precision=32."
+            )
+
+
 def to_pil(image: Tensor) -> "Image.Image":
     """One image (C, H, W) in [-1, 1], C = 1 or 3, as a PIL image of mode L or RGB."""
     from PIL import Image

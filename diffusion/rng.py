@@ -16,7 +16,8 @@ def generator(*key: int) -> torch.Generator:
     """A CPU generator that is a function of its key alone.
 
     Training draws with the key `(seed, step, place in the batch)`. Keys are hashed (numpy's SeedSequence), so
-    neighbouring keys give unrelated streams and `(1, 2)` differs from `(2, 1)`.
+    neighbouring keys give unrelated streams and `(1, 2)` differs from `(2, 1)`. torch seeds a CPU generator by 32 bits:
+    of n keys about n^2 / 2^33 pairs share a stream, 0.3 of them among 50,000 images.
 
     Args:
         key: non-negative integers.

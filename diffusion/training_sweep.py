@@ -82,8 +82,11 @@ def choice(sweep: Sweep) -> str:
     if len({name for _, name, _ in named}) > 1:
         return "no best: the jobs have different objectives."
     (_, name, first), *_ = named
-    if {"target", "loss", "weighting"} & set(sweep.keys) and first.better == "lower":
-        return f"no best: {name} of different targets, losses or weightings does not compare."
+    if first.better == "lower" and (changed := [key for key in sweep.keys if _changes_the_loss(key)]):
+        return (
+            f"no best: {name} does not compare where {', '.join(changed)} differs, for it is another measure in each "
+            "job: evaluate the runs."
+        )
     if first.better is None:
         return ""
     sign = -1 if first.better == "higher" else 1
@@ -99,6 +102,13 @@ def choice(sweep: Sweep) -> str:
         other = named[order[1][1]][0]
         line += f"; next {sweep.label(other) or other.folder.name}, {number(order[1][0] - value)} away"
     return f"{line}. One seed each: repeat the best with others before you believe a small difference."
+
+
+def _changes_the_loss(key: str) -> bool:
+    """Whether two models that are equally good have different losses under two values of a setting."""
+    measures = ("target", "loss", "weighting", "schedule", "T", "module.loss", "module.kl_weight")
+    images = ("data", "data.path", "data.size", "data.drawing_seed")
+    return key in images or any(key == part or key.startswith(f"{part}.") for part in measures)
 
 
 def _print(sweep: Sweep) -> None:

@@ -32,7 +32,7 @@ from diffusion.evaluation.embeddings import (
 from diffusion.evaluation.reals import Reals
 from diffusion.files import atomic
 from diffusion.guidance import Guidance
-from diffusion.images import from_uint8, save_png
+from diffusion.images import check_finite, from_uint8, save_png
 from diffusion.modules.autoencoder import VariationalAutoencoder
 from diffusion.modules.generator import Generator
 from diffusion.rng import check_seed
@@ -309,12 +309,7 @@ def _draw(model: Generator, plan: Plan, chunk: range) -> tuple[Tensor, Tensor | 
 
 
 def _check_finite(chunk: range, images: Tensor, rows: Tensor | None) -> None:
-    for k, image in zip(chunk, images, strict=True):
-        if not image.isfinite().all():
-            raise AntherError(
-                f"image {_id(k)} holds numbers that are not finite, so the model has diverged: use an earlier "
-                "checkpoint, or trainer.precision=32."
-            )
+    check_finite(images, [_id(k) for k in chunk])
     if rows is not None and not rows.isfinite().all():
         raise AntherError(
             f"embeddings of the images {_id(chunk[0])} to {_id(chunk[-1])} are not finite: use an earlier checkpoint, "

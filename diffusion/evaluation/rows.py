@@ -104,8 +104,11 @@ class Rows:
         if not 0 <= start <= self._count - count:
             raise IndexError(f"there is no row {start} of {self._count}")
         found: Array = np.empty((count, self._dim), np.float32)
-        if os.preadv(self._file.fileno(), [found.data], self._offset + 4 * start * self._dim) != found.nbytes:
-            raise AntherError("a file of features became shorter while it was read: run the same command again.")
+        left, place = found.reshape(-1).view(np.uint8).data, self._offset + 4 * start * self._dim
+        while left:  # Linux reads at most 2 GiB in a call
+            if not (read := os.preadv(self._file.fileno(), [left], place)):
+                raise AntherError("a file of features became shorter while it was read: run the same command again.")
+            left, place = left[read:], place + read
         return found
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -340,7 +341,14 @@ def choices(sweep: Sweep) -> list[str]:
     if numbers and len(sweep.jobs) > 1:
         lines.append(
             f"Chosen on N = {' or '.join(map(str, numbers))} images per setting, the same that are reported: small "
-            "differences may be chance, and the best one's numbers flatter it. Evaluate it again with another seed."
+            "differences may be chance, and the best one's numbers flatter it. Evaluate it again with a seed that is "
+            f"{max(numbers)} away or more: image k is drawn from seed + k."
+        )
+    seeds = sorted({int(seed) for job in sweep.jobs if (seed := job.overrides.get("seed", "")).isdigit()})
+    if numbers and any(later - seed < max(numbers) for seed, later in pairwise(seeds)):
+        lines.append(
+            f"Image k is drawn from seed + k, so jobs whose seeds are less than {max(numbers)} apart drew images from "
+            "the same noise: how far their numbers spread says little."
         )
     return lines
 

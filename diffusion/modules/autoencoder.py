@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from diffusion.errors import AntherError
 from diffusion.guidance import Guidance
+from diffusion.modules.epoch_mean import epoch_mean
 from diffusion.modules.generator import Generator
 from diffusion.modules.learning_rate import MakeScheduler
 from diffusion.networks.autoencoders import VAE, Autoencoder
@@ -76,6 +77,7 @@ class VariationalAutoencoder(Generator):
         self.register_buffer("latent_scale", torch.ones(()))
         # Count, sum and sum of squares of the latents' means in this validation.
         self._moments: Tensor | None = None
+        self.val_loss, self.val_reconstruction, self.val_kl = epoch_mean(), epoch_mean(), epoch_mean()
 
     @property
     def trained(self) -> Autoencoder:  # noqa: D102
@@ -132,14 +134,23 @@ class VariationalAutoencoder(Generator):
         images = batch["image"]
         key = (TRAINING, self.seed, self.trainer.global_step)
         _, places = self.places(len(images), batch_idx)
-        eps = self._noise([(*key, place) for place in places])
-        loss, _ = self._report("train", images, eps)
+        reconstruction, kl, _ = self.losses(images, self._noise([(*key, place) for place in places]))
+        loss = (reconstruction + self.kl_weight * kl).mean()
+        shared: dict[str, Any] = {"batch_size": len(images), "sync_dist": True, "on_epoch": True}
+        self.log("train/loss", loss, on_step=True, prog_bar=True, **shared)
+        parts = {"train/reconstruction": reconstruction.mean(), "train/kl": kl.mean()}
+        self.log_dict(parts, on_step=False, **shared)
         return loss
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Loss with the same noise for the same image in every epoch."""
         eps = self._noise([(VALIDATION, self.seed, int(index)) for index in batch["index"]])
-        _, means = self._report("val", batch["image"], eps)
+        reconstruction, kl, means = self.losses(batch["image"], eps)
+        self.val_loss.update(reconstruction + self.kl_weight * kl)
+        self.val_reconstruction.update(reconstruction)
+        self.val_kl.update(kl)
+        self.log("val/loss", self.val_loss, prog_bar=True)
+        self.log_dict({"val/reconstruction": self.val_reconstruction, "val/kl": self.val_kl})
         means = means.double()
         found = torch.stack([means.new_tensor(means.numel()), means.sum(), means.square().sum()])
         self._moments = found if self._moments is None else self._moments + found
@@ -157,17 +168,6 @@ class VariationalAutoencoder(Generator):
     def _noise(self, keys: Sequence[Sequence[int]]) -> Tensor:
         draws = [torch.randn(self.network.latent_shape, generator=generator(*key)) for key in keys]
         return torch.stack(draws).to(self.device)
-
-    def _report(self, stage: str, images: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean loss, logged with its parts, and the latents' means."""
-        reconstruction, kl, means = self.losses(images, eps)
-        loss = (reconstruction + self.kl_weight * kl).mean()
-        training = stage == "train"
-        shared: dict[str, Any] = {"batch_size": len(images), "sync_dist": True, "on_epoch": True}
-        self.log(f"{stage}/loss", loss, on_step=training, prog_bar=True, **shared)
-        parts = {f"{stage}/reconstruction": reconstruction.mean(), f"{stage}/kl": kl.mean()}
-        self.log_dict(parts, on_step=False, **shared)
-        return loss, means.detach()
 
     # Latents --------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import lightning
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from diffusion.modules.learning_rate import MONITOR
@@ -33,6 +35,8 @@ class Module(lightning.LightningModule):
         self.seed = seed
         self.validated_at = -1
         self._unseen: float | None = None
+        # Samples in the first batch of the optimizer's step, in the running one, and in all of them so far.
+        self._first = self._running = self._seen = 0
 
     @property
     def total_steps(self) -> int | None:
@@ -47,7 +51,28 @@ class Module(lightning.LightningModule):
         from a checkpoint; others on other numbers of devices, or where batches are accumulated.
         """
         part = batch_idx % self.trainer.accumulate_grad_batches
+        self._running = len(batch["image"])
+        if part == 0 or not self._first:  # a run may go on within a step, after a fault
+            self._first = self._seen = self._running
+        else:
+            self._seen += self._running
         torch.manual_seed(generator(LAYERS, self.seed, self.global_step, part, self.global_rank).initial_seed())
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Counts a smaller batch, which may end an epoch, by its samples among those that are accumulated.
+
+        Lightning divides the loss of each batch, a mean, by the number of batches that are to be accumulated.
+        """
+        super().backward(loss * (self._running / self._first), *args, **kwargs)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Makes the gradient that of a mean over all samples of the step, where an epoch ended within it."""
+        whole = self.trainer.accumulate_grad_batches * self._first
+        if self._seen != whole:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(whole / self._seen)
 
     def on_validation_end(self) -> None:
         """Notes which weights the validation loss belongs to, and that there is something new to see."""

@@ -25,7 +25,9 @@ from callbacks.timestep_loss import TimestepLoss
 from datamodules.base import ImageDataModule, ImageTable
 from diffusion.errors import AntherError
 from diffusion.loggers import CSVLog
+from diffusion.modules.autoencoder import VariationalAutoencoder
 from diffusion.modules.classification import Classification
+from diffusion.networks.autoencoders import VAE
 from diffusion.networks.classifier import LeNet
 from tests.callbacks.tiny_training import Corners, Dots, module, trainer
 
@@ -91,6 +93,10 @@ def train(folder: Path, world: int) -> None:
     classifier = Classification(LeNet(classes=10), functools.partial(torch.optim.SGD, lr=0.1))
     found = trainer(folder, **ranks).validate(classifier, Digits(), verbose=False)[0]
     values |= {f"classifier {name}": value for name, value in found.items()}
+    torch.manual_seed(0)
+    autoencoder = VariationalAutoencoder(VAE(1, 28, 4, (8, 8)), functools.partial(torch.optim.SGD, lr=0.1))
+    found = trainer(folder, **ranks).validate(autoencoder, Digits(), verbose=False)[0]
+    values |= {f"autoencoder {name}": value for name, value in found.items()}
     (folder / f"rank{t.global_rank}.json").write_text(json.dumps(values))
 
 
@@ -100,6 +106,7 @@ def test_ranks_agree_with_one_another_and_with_one_alone(tmp_path: Path) -> None
     train(tmp_path / "1", 1)
     alone = json.loads((tmp_path / "1" / "rank0.json").read_text())
     assert {"val/loss", "val/clip_score", "val/fid_25", "val/loss_by_t/0.95", "classifier val/accuracy"} <= set(alone)
+    assert {f"autoencoder val/{name}" for name in ("loss", "reconstruction", "kl")} <= set(alone)
     embedded = np.load(tmp_path / "1" / "validated" / "step-000006.npz")
     assert len(embedded["ids"]) == 9
     for world in (2, 3):

@@ -213,6 +213,19 @@ def test_rescaling_is_the_rule_of_diffusers(target, phi):
     torch.testing.assert_close(rescaled, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_an_image_of_one_colour_has_no_deviation_to_bring_back():
+    class Untrained(nn.Module):
+        """A last layer of zeros, as networks begin; without signal v = 0 means x_0 = 0."""
+
+        def forward(self, x_t, t, cond):
+            return torch.zeros_like(x_t)
+
+    x_t, t, cond = inputs()
+    denoiser = Denoiser(Untrained(), ZeroTerminalSNR(Linear(T)), "v")
+    guided = ClassifierFree(denoiser, torch.zeros(1), 2.0, Guidance(rescale=0.7))(x_t, torch.ones_like(t), cond)
+    assert torch.equal(guided, torch.zeros_like(x_t))
+
+
 def test_without_signal_rescaling_v_is_rescaling_x_0():
     # There v = -x_0, and the rule on the network's output, as published, is the rule on x_0.
     network, schedule, null = Plain(), ZeroTerminalSNR(Linear(T)), torch.zeros(1, dtype=torch.float64)

@@ -100,13 +100,20 @@ def test_settings_that_are_no_numbers_are_drawn_side_by_side(tmp_path, monkeypat
     draw(found, tmp_path / "sweep.png")
     labels = [text.get_text() for text in kept[0].axes[0].get_xticklabels()]
     assert labels == ["schedule = cosine", "schedule = linear_rescaled", "schedule = sigmoid"]
-    assert choice(found).startswith("best val/loss: schedule = sigmoid with 0.1")
+    assert choice(found).startswith("no best: val/loss does not compare where schedule differs")
 
 
 @pytest.mark.parametrize(
     ("overrides", "metrics", "says"),
     [
-        (("target=v", "target=eps"), ("val/loss", "val/loss"), "does not compare"),
+        (("target=v", "target=eps"), ("val/loss", "val/loss"), "does not compare where target differs"),
+        (("schedule=linear", "schedule=cosine"), ("val/loss", "val/loss"), "does not compare where schedule differs"),
+        (("schedule.beta_end=1", "schedule.beta_end=2"), ("val/loss", "val/loss"), "does not compare"),
+        (("weighting.gamma=1", "weighting.gamma=5"), ("val/loss", "val/loss"), "does not compare"),
+        (("T=100", "T=500"), ("val/loss", "val/loss"), "does not compare where T differs"),
+        (("data=mnist", "data=embedded"), ("val/loss", "val/loss"), "does not compare where data differs"),
+        (("data.batch_size=8", "data.batch_size=16"), ("val/loss", "val/loss"), "best val/loss: data.batch_size = 8"),
+        (("schedule=linear", "schedule=cosine"), ("val/clip_score",) * 2, "best val/clip_score: schedule = cosine"),
         (("seed=1", "seed=2"), ("val/loss", "val/clip_score"), "different objectives"),
         (("seed=1", "seed=2"), ("val/clip_score", "val/clip_score"), "best val/clip_score: seed = 2 with 0.7"),
         (("seed=1", "seed=2"), ("val/odd", "val/odd"), ""),

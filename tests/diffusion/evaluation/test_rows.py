@@ -1,8 +1,12 @@
+import os
+
 import numpy as np
 import pytest
 
 from diffusion.errors import AntherError
 from diffusion.evaluation.rows import Derived, Rows, parts
+
+PREADV = os.preadv
 
 
 @pytest.fixture
@@ -56,6 +60,12 @@ def test_other_arrays_are_refused(array, tmp_path):
     np.save(tmp_path / "rows.npy", array)
     with pytest.raises(ValueError, match="no rows of float32"):
         Rows.of_npy(tmp_path / "rows.npy")
+
+
+def test_rows_come_whole_though_the_system_reads_less_at_a_time(tmp_path, array, monkeypatch):
+    np.save(tmp_path / "rows.npy", array)
+    monkeypatch.setattr(os, "preadv", lambda file, parts, place: PREADV(file, [parts[0][:100]], place))
+    np.testing.assert_array_equal(Rows.of_npy(tmp_path / "rows.npy")[:], array)
 
 
 def test_a_file_that_became_shorter_is_noticed(tmp_path, array):

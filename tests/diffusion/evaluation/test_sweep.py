@@ -78,6 +78,16 @@ def test_points_stand_where_their_metrics_are(tmp_path, monkeypatch):
     assert kept[0].axes[1].get_xlabel().startswith("FID")
 
 
+def test_seeds_that_share_images_are_told_from_those_that_do_not(tmp_path):
+    for name, step in (("near", 63), ("far", 64)):
+        for k in range(2):
+            job(tmp_path / name / str(k), [f"seed={k * step}"], kid=0.01)
+    near, far = ("\n".join(choices(read_sweep(tmp_path / name))) for name in ("near", "far"))
+    assert "less than 64 apart drew images from the same noise" in near
+    assert "same noise" not in far
+    assert "with a seed that is 64 away or more" in far
+
+
 def test_differences_within_the_deviation_are_called_so(tmp_path):
     job(tmp_path / "0", ["guidance.weight=1"], kid=0.010, kid_std=0.004)
     job(tmp_path / "1", ["guidance.weight=2"], kid=0.012, kid_std=0.001)

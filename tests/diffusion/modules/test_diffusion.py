@@ -19,6 +19,7 @@ from diffusion.networks.unet import UNet
 from diffusion.rng import TRAINING, VALIDATION, ImageRNG, generator
 from diffusion.samplers import DDIM, DDPM
 from diffusion.schedules import Linear
+from tests.callbacks.tiny_training import Dots, module, trainer
 
 T, N, CLASSES = 20, 10, ("daisy", "roses", "tulips")
 
@@ -103,7 +104,7 @@ def test_what_layers_draw_is_a_function_of_seed_step_part_and_rank():
         torch.manual_seed(state)  # another process, or one that goes on, has another
         module.seed = seed
         module._trainer = SimpleNamespace(accumulate_grad_batches=2, global_step=step, global_rank=rank)
-        module.on_train_batch_start(None, batch)
+        module.on_train_batch_start({"image": torch.zeros(1, 3, 8, 8)}, batch)
         return torch.rand(()).item()
 
     assert drawn(step=3, batch=1) == drawn(step=3, batch=1, state=2) == drawn(step=3, batch=3)
@@ -156,6 +157,25 @@ def test_accumulated_batches_draw_as_one():
     expected = draw_training((TRAINING, 0, 0), 8, range(8), (3, 8, 8), T, "stratified")
     assert torch.equal(torch.cat([part[1] for part in parts]), expected.t)
     assert torch.equal(torch.cat([part[2] for part in parts]), expected.eps)
+
+
+@pytest.mark.parametrize("n", [24, 27], ids=["a whole batch is left over", "a whole and a smaller one are"])
+def test_a_step_of_fewer_batches_is_the_mean_over_its_samples(n, tmp_path):
+    """An epoch of 16 or 18 images in steps of 12, whole and gathered over three batches of four."""
+
+    def weights(batch_size, **options):
+        data = Dots(n=n, batch_size=batch_size)
+        data.drop_last = False
+        trained = module(conditional=False)
+        trained._make_optimizer = functools.partial(torch.optim.SGD, lr=0.1)
+        done = trainer(tmp_path, max_epochs=1, limit_val_batches=0, **options)
+        done.fit(trained, datamodule=data)
+        assert done.global_step == 2
+        return trained.denoiser.network.state_dict()
+
+    gathered = weights(4, accumulate_grad_batches=3)
+    for name, value in weights(12).items():
+        torch.testing.assert_close(gathered[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_keeps_its_losses_and_logs_their_mean():
