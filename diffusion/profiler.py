@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from lightning.pytorch.profilers import PyTorchProfiler
 
 
@@ -19,12 +18,14 @@ class OperationProfiler(PyTorchProfiler):
     AVAILABLE_SORT_KEYS = {"self_cpu_time_total", "self_device_time_total"}  # noqa: RUF012 - as the base has it
 
     def __init__(self, **options: Any) -> None:
-        key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        super().__init__(sort_by_key=key, **options)
+        super().__init__(sort_by_key="self_cpu_time_total", **options)
 
     def summary(self) -> str:
         """The table; shares are of the time of all operations."""
         self._delete_profilers()  # the events are there from here on
         if self.function_events:
             self.function_events[:] = [event for event in self.function_events if not event.is_user_annotation]
+            # Not whether there is a GPU: the trainer may leave it alone.
+            if any(event.self_device_time_total for event in self.function_events):
+                self._sort_by_key = "self_device_time_total"
         return super().summary()
