@@ -633,10 +633,14 @@ class ImageDataModule(LightningDataModule, ABC):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=as_is,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._device() == "cuda",
             # Its own generator: making an iterator must not move the global one.
             generator=generator(self.seed),
         )
+
+    def _device(self) -> str:
+        """What the trainer computes on; a GPU that it leaves alone is left alone here, too."""
+        return self.trainer.strategy.root_device.type if self.trainer else "cpu"
 
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
