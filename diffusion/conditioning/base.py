@@ -18,8 +18,13 @@ class Conditioner(ABC):
     is light: it reads no weights and no data. The null condition is the zero vector and belongs to the conditioner;
     classifier-free guidance trains and samples its unconditional branch with it.
 
+    Attributes:
+        device: where its own networks run, if it has any; the module sets it. Conditions are on the CPU all the same.
+
     Reference: Ho and Salimans, 2022, arXiv:2207.12598.
     """
+
+    device = torch.device("cpu")
 
     @property
     @abstractmethod

@@ -113,4 +113,4 @@ class Clip(Conditioner):
         )
 
     def _load(self) -> ClipModel:
-        return load_clip(self.model, self.pretrained, "cuda" if torch.cuda.is_available() else "cpu")
+        return load_clip(self.model, self.pretrained, self.device)

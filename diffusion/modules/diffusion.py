@@ -372,6 +372,7 @@ class ClassifierFreeDiffusion(Diffusion):
         super().setup(stage)
         if stage == "fit":
             datamodule: Any = getattr(self.trainer, "datamodule", None)
+            self.conditioner.device = self.trainer.strategy.root_device
             self.conditioner.prepare(datamodule.table)
 
     def describe(self) -> dict[str, str]:  # noqa: D102
@@ -401,5 +402,6 @@ class ClassifierFreeDiffusion(Diffusion):
             raise AntherError(
                 f"{n} images need {n} prompts and {given} were given: name them, as in prompts='[a red rose]'."
             )
+        self.conditioner.device = self.device
         cond = self.conditioner.encode(prompts)
         return torch.cat([cond, cond.new_zeros(n, self.augment_dim)], 1)
