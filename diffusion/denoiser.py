@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from diffusion.devices import upload
 from diffusion.errors import AntherError
 from diffusion.schedules import Schedule
 from diffusion.targets import TARGETS, Target, from_x_0, to_x_0
@@ -49,6 +50,9 @@ class SharedEncoder(Protocol):
 
 class Denoiser(nn.Module):
     """A network made into E[x_0 | x_t].
+
+    Times may lie on the host, whatever the images lie on: levels are taken where the times are, and a schedule looks at
+    its times, so that times on a device would be waited for.
 
     Args:
         network: called as network(x_t, t, cond) with x_t (B, C, H, W), t (B,) in (0, 1] and cond (B, D) or None;
@@ -97,10 +101,11 @@ class Denoiser(nn.Module):
         self.weighting = weighting
 
     def levels(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t for times (B,), shaped (B, 1, 1, 1) and of the type of `like`."""
+        """alpha_t and sigma_t for times (B,), shaped (B, 1, 1, 1), of the type and on the device of `like`."""
         alpha, sigma = self.schedule(t)
         shape = (-1,) + (1,) * (like.ndim - 1)
-        return alpha.to(like).view(shape), sigma.to(like).view(shape)
+        alpha, sigma = (upload(level, like.device, like.dtype) for level in (alpha, sigma))
+        return alpha.view(shape), sigma.view(shape)
 
     def diffuse(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = alpha_t x_0 + sigma_t eps."""
@@ -109,7 +114,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """E[x_0 | x_t] for x_t (B, C, H, W) at times t (B,), given cond (B, D)."""
-        output = self.network(x_t, t, cond).to(x_t.dtype)
+        output = self.network(x_t, upload(t, x_t.device), cond).to(x_t.dtype)
         return to_x_0(self.target, output, x_t, *self.levels(t, x_t))
 
     def branches(self, x_t: Tensor, t: Tensor, conds: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -126,7 +131,7 @@ class Denoiser(nn.Module):
             k tensors (B, C, H, W), each what `forward` returns for that condition.
         """
         k = len(conds)
-        times = t.repeat(k)
+        times = upload(t.repeat(k), x_t.device)
         cond = torch.cat(list(conds))
         network = self.network
         if isinstance(network, SharedEncoder):
@@ -139,11 +144,11 @@ class Denoiser(nn.Module):
     def loss(self, x_0: Tensor, t: Tensor, eps: Tensor, cond: Tensor | None = None) -> Tensor:
         """Weighted distance between the network's output and the target, one value per sample, float32 (B,)."""
         alpha, sigma = self.levels(t, x_0)
-        output = self.network(alpha * x_0 + sigma * eps, t, cond)
+        output = self.network(alpha * x_0 + sigma * eps, upload(t, x_0.device), cond)
         wanted = from_x_0(self.target, x_0, eps, alpha, sigma)
         distance = self.distance(output.float(), wanted.float(), reduction="none").flatten(1).mean(1)
         weight: Tensor = self.weighting(*self.schedule(t), self.target)
-        return distance * weight.to(distance)
+        return distance * upload(weight, distance.device, distance.dtype)
 
 
 LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion.denoiser import Denoiser, Predictor
+from diffusion.devices import upload
 from diffusion.errors import AntherError
 from diffusion.schedules import Schedule
 
@@ -92,7 +93,8 @@ class ClassifierFree:
         if cond is None:
             raise ValueError("guidance needs a condition; sample the denoiser itself without one")
         w = _weights(self._weight, self._guidance, self.schedule, x_t, t)
-        null = self._null.to(cond).expand_as(cond)
+        self._null = upload(self._null, cond.device, cond.dtype)
+        null = self._null.expand_as(cond)
         # At these two weights one branch has the factor zero, so half of the work would be thrown away.
         if bool((w == 0).all()):
             only_cond: Tensor = self._denoiser(x_t, t, cond)
@@ -139,8 +141,8 @@ class AutoGuidance:
 
 
 def _weights(weight: float | Tensor, guidance: Guidance, schedule: Schedule, x_t: Tensor, t: Tensor) -> Tensor:
-    """The weights at these times, of one element or (B,): 0 outside the interval."""
-    w = torch.as_tensor(weight, dtype=x_t.dtype, device=x_t.device)
+    """The weights at these times, of one element or (B,), where the times are: 0 outside the interval."""
+    w = torch.as_tensor(weight, dtype=x_t.dtype, device=t.device)
     if guidance.interval is None:
         return w
     low, high = guidance.interval
@@ -156,7 +158,7 @@ def _lead(towards: Tensor, away: Tensor, w: Tensor, rescale: float) -> Tensor:
     as over-exposure, so that one phi means the same for every target; for target=x0, and for target=v where there is
     no signal, it is the same thing.
     """
-    w = w.view(-1, 1, 1, 1)
+    w = upload(w, towards.device).view(-1, 1, 1, 1)
     guided = (1 + w) * towards - w * away
     if rescale == 0:
         return guided

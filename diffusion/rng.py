@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.devices import upload
 from diffusion.errors import AntherError
 
 # First number of the keys of a training, so that what they are for never shares a stream.
@@ -57,4 +58,4 @@ class ImageRNG:
     ) -> Tensor:
         """Standard normal noise, (len(self), *shape); each image draws from its own stream."""
         draws = [torch.randn(tuple(shape), generator=g, dtype=dtype) for g in self._generators]
-        return torch.stack(draws).to(device)
+        return upload(torch.stack(draws), torch.device(device))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from diffusion.devices import upload
+
 if TYPE_CHECKING:
     from datamodules.base import ImageTable
 
@@ -74,8 +76,8 @@ class Conditioner(ABC):
         Returns:
             A new tensor (B, dim); each row is the given one or `null`.
         """
-        dropped = (uniforms < probability).to(cond.device)
-        return torch.where(dropped[:, None], self.null.to(cond), cond)
+        dropped = upload(uniforms < probability, cond.device)
+        return torch.where(dropped[:, None], upload(self.null, cond.device, cond.dtype), cond)
 
 
 class RowTable:

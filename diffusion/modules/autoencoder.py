@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Optimizer
 
+from diffusion.devices import upload
 from diffusion.errors import AntherError
 from diffusion.guidance import Guidance
 from diffusion.modules.epoch_mean import epoch_mean
@@ -144,7 +145,7 @@ class VariationalAutoencoder(Generator):
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Loss with the same noise for the same image in every epoch."""
-        eps = self._noise([(VALIDATION, self.seed, int(index)) for index in batch["index"]])
+        eps = self._noise([(VALIDATION, self.seed, index) for index in batch["index"].tolist()])
         reconstruction, kl, means = self.losses(batch["image"], eps)
         self.val_loss.update(reconstruction + self.kl_weight * kl)
         self.val_reconstruction.update(reconstruction)
@@ -167,7 +168,7 @@ class VariationalAutoencoder(Generator):
 
     def _noise(self, keys: Sequence[Sequence[int]]) -> Tensor:
         draws = [torch.randn(self.network.latent_shape, generator=generator(*key)) for key in keys]
-        return torch.stack(draws).to(self.device)
+        return upload(torch.stack(draws), self.device)
 
     # Latents --------------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from diffusion.conditioning.base import Conditioner
 from diffusion.denoiser import Denoiser, Predictor
+from diffusion.devices import upload
 from diffusion.errors import AntherError
 from diffusion.guidance import AutoGuidance, ClassifierFree, Guidance
 from diffusion.modules.epoch_mean import epoch_mean
@@ -177,10 +178,9 @@ class Diffusion(Generator):
         """
         x_0 = batch["image"]
         draws = self._draws(len(x_0), batch_idx, x_0.shape[1:])
-        t = draws.t.to(x_0.device)
         condition = self.training_condition(batch, draws.uniforms)
-        losses = self.denoiser.loss(x_0, t, draws.eps.to(x_0), condition)
-        self.last_losses = {"t": t, "loss": losses.detach()}
+        losses = self.denoiser.loss(x_0, draws.t, upload(draws.eps, x_0.device, x_0.dtype), condition)
+        self.last_losses = {"t": upload(draws.t, x_0.device), "loss": losses.detach()}
         loss = losses.mean()
         self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(x_0), sync_dist=True)
         return loss
@@ -209,15 +209,17 @@ class Diffusion(Generator):
         x_0, cond = batch["image"], self.validation_condition(batch)
         t, eps = self._validation_grid(batch["index"], x_0.shape[1:])
         losses = [
-            self.denoiser.loss(x_0, t_k.to(x_0.device), eps_k.to(x_0), cond) for t_k, eps_k in zip(t, eps, strict=True)
+            self.denoiser.loss(x_0, t_k, upload(eps_k, x_0.device, x_0.dtype), cond)
+            for t_k, eps_k in zip(t, eps, strict=True)
         ]
-        return t.flatten().to(x_0.device), torch.cat(losses)
+        return upload(t.flatten(), x_0.device), torch.cat(losses)
 
     def _validation_grid(self, index: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Times (K, B) and noise (K, B, C, H, W) of the images with these row numbers; the seed decides the noise."""
         T, k = self.denoiser.schedule.T, self.val_times
         # Each image takes K evenly spaced times; the offset walks by the golden ratio, so all images fill the gaps.
-        offset = (index.cpu().double() * GOLDEN) % 1
+        index = index.cpu()  # once: the device is waited for
+        offset = (index.double() * GOLDEN) % 1
         u = (torch.arange(k, dtype=torch.float64)[:, None] + offset) / k
         rngs = [generator(VALIDATION, self.seed, int(i)) for i in index]
         eps = torch.stack([torch.randn(k, *shape, generator=rng) for rng in rngs], 1)
@@ -294,8 +296,8 @@ class Diffusion(Generator):
     def look_at(self, images: Tensor, prompts: Sequence[str] | None) -> None:
         """See `Generator`; the least time the network knows is t = 1 / T."""
         cond = self.sampling_condition(prompts, len(images))
-        t = torch.full((len(images),), 1 / self.T, dtype=torch.float64, device=images.device)
-        self.denoiser(images, t, None if cond is None else cond.to(images.device))
+        t = torch.full((len(images),), 1 / self.T, dtype=torch.float64)
+        self.denoiser(images, t, None if cond is None else upload(cond, images.device))
 
     @torch.no_grad()
     def sample(  # noqa: D102
@@ -309,7 +311,7 @@ class Diffusion(Generator):
     ) -> Tensor:
         rng = ImageRNG(seeds)
         cond = self.sampling_condition(prompts, len(seeds))
-        cond = None if cond is None else cond.to(self.device)
+        cond = None if cond is None else upload(cond, self.device)
         x_1 = rng.randn(self.image_shape, self.device)
         was_training = self.training
         self.eval()

@@ -74,7 +74,7 @@ class Sampler(ABC):
         Args:
             denoiser: (x_t, t) -> E[x_0 | x_t]; call it as often as the solver needs.
             x_t: image at time t, (B, C, H, W).
-            t: time, float64 scalar.
+            t: time, float64 scalar on the host, as are all levels: no step waits for the device to read them.
             s: next time, 0 <= s < t.
             rng: noise, one stream per image.
             before: the step that led here, for solvers with a memory; None at the start. A sampler itself remembers
@@ -100,7 +100,7 @@ class Sampler(ABC):
         Returns:
             x_0, (B, C, H, W); not clamped unless `clip` is set.
         """
-        times = self.times(denoiser.schedule).to(x_1.device)
+        times = self.times(denoiser.schedule)
         conditioned = Conditioned(denoiser, cond, self.clip)
         x_t, before = x_1, None
         for index, (t, s) in enumerate(pairwise(times)):
