@@ -73,6 +73,7 @@ from diffusion import settings
 from diffusion.allocator import keep_freed_memory
 from diffusion.build import build
 from diffusion.denoiser import Denoiser
+from diffusion.devices import upload
 from diffusion.fabric import set_precision
 from diffusion.images import from_uint8
 from diffusion.modules.diffusion import Diffusion, draw_training
@@ -219,7 +220,7 @@ class Bare:
             draws = draw_training((TRAINING, 0, self.steps), n, range(n), x_0.shape[1:], T, "stratified")
             self.optimizer.zero_grad()
             with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-                loss = self.denoiser.loss(x_0, draws.t.to(self.device), draws.eps.to(x_0)).mean()
+                loss = self.denoiser.loss(x_0, draws.t, upload(draws.eps, x_0.device)).mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()

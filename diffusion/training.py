@@ -3,13 +3,16 @@
 import json
 import logging
 import time
+import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -24,6 +27,7 @@ from diffusion.loggers import finish
 from diffusion.loss_curve import draw_losses
 from diffusion.modules.generator import Generator
 from diffusion.modules.learning_rate import retune
+from diffusion.ranks import is_lost
 from diffusion.rng import check_seed
 
 
@@ -66,6 +70,13 @@ def train(config: dict[str, Any], folder: Path) -> float | None:
     set_precision(trainer.precision)
     if trainer.accumulate_grad_batches < 1:
         raise AntherError("trainer.accumulate_grad_batches counts the batches of a step: give 1 or more.")
+    if trainer.check_val_every_n_epoch is not None and trainer.check_val_every_n_epoch < 1:
+        raise AntherError(
+            "trainer.check_val_every_n_epoch counts epochs: give 1 or more, or null beside a "
+            "trainer.val_check_interval in steps; trainer.limit_val_batches=0 leaves the validation out."
+        )
+    if not trainer.limit_train_batches:
+        raise AntherError("trainer.limit_train_batches=0 leaves nothing to train: give a number of batches, or 1.0.")
     datamodule.prepare_data()
     datamodule.setup("fit")
     if not trainer.fast_dev_run:
@@ -74,10 +85,11 @@ def train(config: dict[str, Any], folder: Path) -> float | None:
             checkpoint.check_goes_on(before, config, folder)
     _announce(config, datamodule, module, trainer, resume, folder)
     started = time.monotonic()
-    trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
-    if trainer.fast_dev_run:
-        return 0.0
-    objective = _objective(trainer, module, datamodule, config["objective"])
+    with _as_sentences():
+        trainer.fit(module, datamodule, ckpt_path=resume, weights_only=True)
+        if trainer.fast_dev_run:
+            return 0.0
+        objective = _objective(trainer, module, datamodule, config["objective"])
     finish(trainer.loggers)
     if trainer.is_global_zero:
         if (log := folder / "logs" / "metrics.csv").exists():
@@ -87,6 +99,18 @@ def train(config: dict[str, Any], folder: Path) -> float | None:
         write_result(folder, config, objective, *made, count, time.monotonic() - started)
     _farewell(config, module, objective, folder)
     return objective
+
+
+@contextmanager
+def _as_sentences() -> Iterator[None]:
+    """Makes a sentence of what Lightning itself refuses, once it gets there; what it only called keeps its trace."""
+    try:
+        yield
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_globals.get("__name__", "").startswith("lightning.") or is_lost(error):
+            raise
+        raise AntherError(f"{' '.join(str(error).split())} (Lightning, of trainer.* and callbacks.*)") from error
 
 
 def _parts(config: Mapping[str, Any], group: str) -> list[Any]:

@@ -151,6 +151,16 @@ def test_a_run_that_ends_within_an_epoch_goes_on_from_there(tmp_path):
     assert same(weights(m), weights(whole))
 
 
+def test_a_run_that_ends_with_a_validation_within_an_epoch_goes_on_counting_steps(tmp_path):
+    options = {"val_check_interval": 3, "check_val_every_n_epoch": None, "epochs": None}
+    whole, _, there, _ = run(tmp_path / "a", max_steps=7, **options)
+    run(tmp_path, LastCheckpoint(tmp_path), max_steps=3, **options)
+    m, _, here, _ = run(tmp_path, LastCheckpoint(tmp_path), max_steps=7, ckpt=tmp_path / "last.ckpt", **options)
+    assert same(weights(m), weights(whole))
+    assert here.stepped == there.stepped[-len(here.stepped) :]
+    assert list(CSVLog(tmp_path / "metrics.csv")._read()) == list(CSVLog(tmp_path / "a" / "metrics.csv")._read())
+
+
 def test_a_run_by_steps_survives_one_interruption_after_another(tmp_path):
     whole, _, there, _ = run(tmp_path / "whole", LastCheckpoint(tmp_path / "whole"), epochs=None, max_steps=12)
     last = tmp_path / "last.ckpt"

@@ -34,6 +34,28 @@ def test_an_objective_that_is_not_logged(refused: Refused) -> None:
     assert "val/loss" in sentence
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["trainer.limit_val_batches=0.01"], "limit_val_batches"),
+        (
+            [
+                "+callbacks.early._target_=lightning.pytorch.callbacks.EarlyStopping",
+                "+callbacks.early.monitor=val/typo",
+                "trainer.check_val_every_n_epoch=1",
+                "trainer.max_steps=4",
+            ],
+            "val/typo",
+        ),
+    ],
+    ids=["a part of a batch", "a metric that nobody logs"],
+)
+def test_what_lightning_refuses_only_when_it_gets_there(refused: Refused, words: list[str], name: str) -> None:
+    sentence = refused("train.py", *TINY, "callbacks=fit", *words)
+    assert name in sentence
+    assert "Lightning" in sentence
+
+
 def test_an_empty_class_folder(refused: Refused, photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "flowers"
     shutil.copytree(photos, folder)

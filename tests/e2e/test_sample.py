@@ -51,6 +51,14 @@ def test_another_request_in_the_same_folder_leaves_nothing_of_the_one_before(
     assert not (folder / "trajectory.gif").exists()
 
 
+def test_images_that_are_no_numbers_are_not_saved_as_black_ones(
+    trained: Path, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    words = ["prompts=[a red rose]", "sampler.steps=3", "sampler.clip=false", "guidance.weight=1e39"]
+    assert "image 0 holds numbers that are not finite" in refused("sample.py", f"ckpt={trained}", *words)
+    assert not (tmp_path / "run" / "images").exists()
+
+
 def test_the_folder_of_an_evaluation_is_left_alone(trained: Path, refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "records.parquet").write_bytes(b"")
