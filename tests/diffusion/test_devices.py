@@ -100,7 +100,7 @@ UNETS = {
 NOISES = {
     "course": {"schedule": Linear(T)},
     "handson": {"schedule": Cosine(T), "target": "x0", "loss": "l1"},
-    "convnext": {"schedule": ZeroTerminalSNR(Linear(T)), "target": "v", "weighting": MinSNR()},
+    "convnext": {"schedule": ZeroTerminalSNR(Linear(T)), "target": "v"},
     "resnet": {"schedule": Linear(T), "loss": "huber", "weighting": MinSNR()},
     "adm": {"schedule": Straight(T), "target": "flow"},
 }
