@@ -42,3 +42,30 @@ class MinSNR:
             return (self.gamma * sigma**2 / alpha**2).clamp(max=1)
         snr = (alpha / sigma) ** 2
         return snr.clamp(max=self.gamma) * x_0_per_output(target, alpha, sigma) ** 2
+
+
+class P2:
+    """1 / (k + SNR)^gamma on the error in eps (Choi et al., 2022, arXiv 2204.00227).
+
+    It takes weight from the nearly clean times, at which only what nobody sees is left to learn.
+
+    Args:
+        gamma: how much, 0 or more; 0 is the plain loss on eps.
+        k: keeps the weight finite without signal, above 0.
+    """
+
+    def __init__(self, gamma: float = 1.0, k: float = 1.0) -> None:
+        if gamma < 0 or k <= 0:
+            raise AntherError(
+                f"weighting.gamma = {gamma} is 0 or more, and weighting.k = {k} above 0: take 1 for both."
+            )
+        self.gamma, self.k = gamma, k
+
+    def __call__(self, alpha: Tensor, sigma: Tensor, target: Target) -> Tensor:
+        """The weight, (B,)."""
+        snr = (alpha / sigma) ** 2
+        on_eps = (self.k + snr) ** -self.gamma
+        if target == "eps":
+            return on_eps
+        # An error in x_0 is one of SNR times its square in eps.
+        return on_eps * snr * x_0_per_output(target, alpha, sigma) ** 2

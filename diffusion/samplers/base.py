@@ -45,16 +45,24 @@ class Sampler(ABC):
 
     Args:
         steps: number of steps; None takes every step of the schedule.
-        clip: clamp the expected x_0 to [-1, 1] in every step; right for images, wrong for latents.
+        clip: keep the expected x_0 in [-1, 1] in every step; right for images, wrong for latents. True clamps it. A
+            share p, such as 0.995, is dynamic thresholding (Saharia et al., 2022, arXiv 2205.11487, section 2.3): an
+            image is clamped to [-s, s] and divided by s, the p-quantile of its |x_0| or 1, whichever is larger, which
+            keeps colours from saturating under strong guidance.
         grid: where the steps lie: trailing, logsnr or karras, see `samplers.grids`.
 
     Raises:
-        AntherError: fewer than 1 step, or an unknown grid.
+        AntherError: fewer than 1 step, a share that is none, or an unknown grid.
     """
 
-    def __init__(self, steps: int | None = None, clip: bool = False, grid: str = "trailing") -> None:
+    def __init__(self, steps: int | None = None, clip: bool | float = False, grid: str = "trailing") -> None:
         if steps is not None and steps < 1:
             raise AntherError(f"a sampler takes 1 step or more, not {steps}: set sampler.steps.")
+        if not isinstance(clip, bool) and not 0 < clip < 1:
+            raise AntherError(
+                f"sampler.clip = {clip} is neither true nor false nor a share of an image's values, between 0 and 1: "
+                "give one such as 0.995 for dynamic thresholding."
+            )
         if grid not in GRIDS:
             raise AntherError(f"unknown grid {grid!r}: set sampler.grid to one of {', '.join(GRIDS)}.")
         self.steps = steps
@@ -115,7 +123,7 @@ class Sampler(ABC):
 class Conditioned:
     """A denoiser with its condition bound, so that solvers handle images and times alone."""
 
-    def __init__(self, denoiser: Predictor, cond: Tensor | None, clip: bool) -> None:
+    def __init__(self, denoiser: Predictor, cond: Tensor | None, clip: bool | float) -> None:
         self.schedule = denoiser.schedule
         self._denoiser = denoiser
         self._cond = cond
@@ -124,4 +132,9 @@ class Conditioned:
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """E[x_0 | x_t] at one time t for all images."""
         x_0 = self._denoiser(x_t, t.expand(len(x_t)), self._cond)
-        return x_0.clamp(-1, 1) if self._clip else x_0
+        if isinstance(self._clip, bool):
+            return x_0.clamp(-1, 1) if self._clip else x_0
+        # Image by image: torch's quantile has a limit of 2^24 values.
+        largest = [image.abs().flatten().quantile(self._clip).clamp(min=1) for image in x_0]
+        s = torch.stack(largest).view(-1, 1, 1, 1)
+        return x_0.clamp(-s, s) / s

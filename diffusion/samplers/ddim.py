@@ -22,11 +22,13 @@ class DDIM(Sampler):
     Args:
         steps: number of steps; None takes every step of the schedule.
         eta: 0 draws no noise after the first image, 1 is DDPM with the posterior variance.
-        clip: clamp the expected x_0 to [-1, 1] in every step.
+        clip: keep the expected x_0 in [-1, 1] in every step, see `Sampler`.
         grid: where the steps lie, see `samplers.grids`.
     """
 
-    def __init__(self, steps: int | None = 50, eta: float = 0.0, clip: bool = False, grid: str = "trailing") -> None:
+    def __init__(
+        self, steps: int | None = 50, eta: float = 0.0, clip: bool | float = False, grid: str = "trailing"
+    ) -> None:
         super().__init__(steps, clip, grid)
         if not 0 <= eta <= 1:
             raise AntherError(f"eta lies in [0, 1], not at {eta}: set sampler.eta.")

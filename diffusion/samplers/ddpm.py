@@ -24,14 +24,14 @@ class DDPM(Sampler):
             beta       sigma_{t|s}^2, exact for data that are standard normal;
             beta_prev  beta of the step below, as the course's code has it, defined where all steps are taken:
                        only to compare with images drawn by that code.
-        clip: clamp the expected x_0 to [-1, 1] in every step.
+        clip: keep the expected x_0 in [-1, 1] in every step, see `Sampler`.
     """
 
     def __init__(
         self,
         steps: int | None = None,
         variance: Literal["posterior", "beta", "beta_prev"] = "posterior",
-        clip: bool = False,
+        clip: bool | float = False,
     ) -> None:
         super().__init__(steps, clip)
         if variance not in ("posterior", "beta", "beta_prev"):

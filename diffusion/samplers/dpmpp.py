@@ -27,7 +27,7 @@ class DPMpp(Sampler):
         sde: draw fresh noise in every step.
         correction: c, of second order either way: `midpoint`, (1 - e^{-h}) / 2, the published solver's; or `heun`,
             1 - (1 - e^{-h}) / h, exact for an x_0 that is linear in lambda.
-        clip: clamp the expected x_0 to [-1, 1] in every step.
+        clip: keep the expected x_0 in [-1, 1] in every step, see `Sampler`.
         grid: where the steps lie, see `samplers.grids`.
     """
 
@@ -36,7 +36,7 @@ class DPMpp(Sampler):
         steps: int | None = 20,
         sde: bool = False,
         correction: Literal["midpoint", "heun"] = "midpoint",
-        clip: bool = False,
+        clip: bool | float = False,
         grid: str = "trailing",
     ) -> None:
         super().__init__(steps, clip, grid)

@@ -20,11 +20,11 @@ class Heun(Sampler):
 
     Args:
         steps: number of steps; None takes every step of the schedule.
-        clip: clamp the expected x_0 to [-1, 1] in every call.
+        clip: keep the expected x_0 in [-1, 1] in every call, see `Sampler`.
         grid: where the steps lie, see `samplers.grids`.
     """
 
-    def __init__(self, steps: int | None = 18, clip: bool = False, grid: str = "karras") -> None:
+    def __init__(self, steps: int | None = 18, clip: bool | float = False, grid: str = "karras") -> None:
         super().__init__(steps, clip, grid)
 
     def step(  # noqa: D102

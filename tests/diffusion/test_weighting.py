@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion.errors import AntherError
 from diffusion.schedules import Cosine, Linear, Straight, ZeroTerminalSNR
 from diffusion.targets import from_x_0, to_x_0
-from diffusion.weighting import MinSNR, unit
+from diffusion.weighting import P2, MinSNR, unit
 
 T = 400
 
@@ -55,3 +56,23 @@ def test_min_snr_is_finite_without_signal():
         assert weight.isfinite().all()
         assert weight[-1] == 0
     assert MinSNR(5)(alpha, sigma, "eps")[-1] == 1
+
+
+@pytest.mark.parametrize(("gamma", "k"), [(0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (1.0, 0.3)])
+@pytest.mark.parametrize("target", ["eps", "x0", "v", "flow"])
+@pytest.mark.parametrize("schedule", [Linear(T), Cosine(T)], ids=["linear", "cosine"])
+def test_p2_is_the_published_weight_of_the_error_in_eps_whatever_is_predicted(schedule, target, gamma, k):
+    alpha, sigma = levels(schedule)
+    rng = torch.Generator().manual_seed(0)
+    x_0, eps, error = (torch.randn(T, generator=rng, dtype=torch.float64) for _ in range(3))
+    x_t = alpha * x_0 + sigma * eps
+    guess = to_x_0(target, from_x_0(target, x_0, eps, alpha, sigma) + error, x_t, alpha, sigma)
+    in_eps = (x_t - alpha * guess) / sigma - eps
+    expected = in_eps**2 / (k + alpha**2 / sigma**2) ** gamma
+    torch.testing.assert_close(P2(gamma, k)(alpha, sigma, target) * error**2, expected, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize(("gamma", "k"), [(-1.0, 1.0), (1.0, 0.0)])
+def test_p2_has_ranges(gamma, k):
+    with pytest.raises(AntherError, match=r"weighting\.gamma.*weighting\.k"):
+        P2(gamma, k)

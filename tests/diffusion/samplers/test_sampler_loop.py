@@ -10,6 +10,7 @@ from diffusion.guidance import ClassifierFree
 from diffusion.networks.unet import UNet
 from diffusion.rng import ImageRNG
 from diffusion.samplers import DDIM, DDPM, DPMpp, Heun
+from diffusion.samplers.base import Conditioned
 from diffusion.schedules import Linear
 
 T, SHAPE = 40, (3, 8, 8)
@@ -19,6 +20,7 @@ SAMPLERS = {
     "beta_prev": DDPM(variance="beta_prev"),
     "ddim": DDIM(10),
     "ddim-1": DDIM(10, 1.0, clip=True),
+    "ddim-dynamic": DDIM(10, clip=0.9),
     "euler-karras": DDIM(10, grid="karras"),
     "heun": Heun(10),
     "heun-trailing": Heun(10, grid="trailing", clip=True),
@@ -94,7 +96,10 @@ def test_a_hook_sees_every_step(sampler):
         assert torch.equal(step.x_s, after.x_t)
     for step in steps:
         expected = denoiser(step.x_t, torch.full((6,), step.t, dtype=torch.float64))
-        expected = expected.clamp(-1, 1) if sampler.clip else expected
+        if sampler.clip is True:
+            expected = expected.clamp(-1, 1)
+        elif sampler.clip:
+            expected = Conditioned(denoiser, None, sampler.clip)(step.x_t, torch.tensor(step.t, dtype=torch.float64))
         torch.testing.assert_close(step.x_0, expected, rtol=0, atol=0)
 
 

@@ -13,8 +13,10 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from torch import nn
 
 from diffusion.denoiser import Denoiser
+from diffusion.errors import AntherError
 from diffusion.rng import ImageRNG, generator
 from diffusion.samplers import DDIM, DDPM
+from diffusion.samplers.base import Conditioned
 from diffusion.schedules import Cosine, Linear, ScaledLinear, Straight, ZeroTerminalSNR
 
 SEEDS, SHAPE = (3, 11, 5), (2, 4, 4)
@@ -188,6 +190,30 @@ def test_clipping_is_that_of_diffusers(sampler):
         reference = theirs(scheduler, schedule, "eps", torch.float64, 20, use_clipped_model_output=True)
     assert any((step.x_0.abs() == 1).any() for step in walk)
     compare(walk, reference, 1e-10)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.995])
+def test_dynamic_thresholding_is_that_of_diffusers(share):
+    schedule = Linear(100)
+    options = {"clip_sample": False, "thresholding": True, "dynamic_thresholding_ratio": share, "sample_max_value": 1e9}
+    scheduler = exactly(DDPMScheduler(100, timestep_spacing="trailing", **options), schedule)
+    walk = ours(DDPM(clip=share), schedule, "eps", torch.float64)
+    compare(walk, theirs(scheduler, schedule, "eps", torch.float64, 100), 1e-10)
+    plain = ours(DDPM(clip=True), schedule, "eps", torch.float64)
+    assert not torch.allclose(walk[-1].x_s, plain[-1].x_s, atol=1e-3)
+
+
+def test_an_image_within_its_range_is_not_thresholded():
+    x_0 = torch.tensor([0.3, -0.9, 1.0, 0.1]).view(1, 1, 2, 2)
+    denoiser = Denoiser(Network(Linear(100), "x0"), Linear(100), "x0")
+    denoiser.network.forward = lambda *_: x_0
+    assert torch.equal(Conditioned(denoiser, None, 0.995)(x_0, torch.ones(())), x_0)
+
+
+@pytest.mark.parametrize("clip", [0, 1, 1.0, -0.5, 99.5])
+def test_a_share_lies_between_0_and_1(clip):
+    with pytest.raises(AntherError, match=r"sampler\.clip"):
+        DDIM(clip=clip)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10, 1000])
