@@ -224,7 +224,7 @@ def load_guidance(node: Mapping[str, Any], model: Generator) -> Guidance:
     """All about guidance but its weight, as a config has it; what it leaves open is the model's own.
 
     Args:
-        node: `interval`, `rescale`, and `bad`, the path of a worse model's checkpoint; each may be None.
+        node: `interval`, `rescale`, `negative`, and `bad`, the path of a worse model's checkpoint; each may be None.
         model: that is guided; a bad one is loaded on its device.
 
     Raises:
@@ -232,14 +232,15 @@ def load_guidance(node: Mapping[str, Any], model: Generator) -> Guidance:
             model or has other images, conditions or noise levels.
     """
     if not isinstance(model, Diffusion):
-        if asked := [f"guidance.{key}" for key in ("interval", "rescale", "bad") if node[key] is not None]:
+        if asked := [f"guidance.{key}" for key in ("interval", "rescale", "negative", "bad") if node[key] is not None]:
             raise AntherError(f"this model draws in one call, which cannot be guided: leave {', '.join(asked)} out.")
         return Guidance()
     own, bad = model.guidance, node["bad"]
     interval = own.interval if node["interval"] is None else node["interval"]
     rescale = own.rescale if node["rescale"] is None else node["rescale"]
+    negative = None if node["negative"] is None else str(node["negative"])
     if bad is None:
-        return Guidance(interval, rescale)
+        return Guidance(interval, rescale, negative=negative)
     other = _load_worse(str(bad), sha256(bad)) if Path(bad).is_file() else load_model(bad)
     if not isinstance(other, Diffusion):
         raise AntherError(f"{bad} cannot guide this model as guidance.bad: it is no diffusion model; give one.")
@@ -248,7 +249,7 @@ def load_guidance(node: Mapping[str, Any], model: Generator) -> Guidance:
             f"{bad} cannot guide this model as guidance.bad: {found}; give a checkpoint with the same images, "
             "condition and schedule."
         )
-    return Guidance(interval, rescale, other.to(model.device).denoiser)
+    return Guidance(interval, rescale, other.to(model.device).denoiser, negative)
 
 
 # For the jobs of a sweep, which follow each other in one process.

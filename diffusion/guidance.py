@@ -26,14 +26,17 @@ class Guidance:
             one (Lin et al., 2024, arXiv 2305.08891, section 3.4).
         bad: a worse model of the same data; guidance then leads away from it, and not from the model without its
             condition (see `AutoGuidance`).
+        negative: a prompt; guidance then leads away from the model under it, and not from the model without its
+            condition: e = (1 + w) e_c - w e_n.
 
     Raises:
-        AntherError: no interval, or phi outside [0, 1].
+        AntherError: no interval, phi outside [0, 1], a prompt without a word, or both a worse model and a prompt.
     """
 
     interval: Sequence[float] | None = None
     rescale: float = 0.0
     bad: Predictor | None = None
+    negative: str | None = None
 
     def __post_init__(self) -> None:
         if self.interval is not None and not _is_interval(self.interval):
@@ -43,12 +46,19 @@ class Guidance:
             )
         if not 0 <= self.rescale <= 1:
             raise AntherError(f"guidance.rescale lies in [0, 1], not at {self.rescale}: 0 leaves guidance as it is.")
+        if self.negative is not None and not self.negative.strip():
+            raise AntherError("guidance.negative holds no word: name what is not wanted, or leave it out.")
+        if self.negative is not None and self.bad is not None:
+            raise AntherError(
+                "guidance.negative and guidance.bad both say what to lead away from: leave one of them out."
+            )
 
     def record(self) -> dict[str, Any]:
-        """The interval and phi as plain values for JSON; None where they change nothing."""
+        """Plain values for JSON: None for an interval or phi that changes nothing; the prompt only if there is one."""
         everywhere = self.interval is None or tuple(self.interval) == (0, math.inf)
         interval = None if everywhere else [float(level) for level in self.interval or ()]
-        return {"guidance_interval": interval, "guidance_rescale": self.rescale or None}
+        negative = {} if self.negative is None else {"guidance_negative": self.negative}
+        return {"guidance_interval": interval, "guidance_rescale": self.rescale or None, **negative}
 
     def describe(self) -> str:
         """What follows the weight in a sentence; nothing where there is nothing to say."""
@@ -58,6 +68,8 @@ class Guidance:
             words += " where {:g} < sigma / alpha <= {:g}".format(*told["guidance_interval"])
         if told["guidance_rescale"]:
             words += f", rescaled by phi = {self.rescale:g}"
+        if self.negative is not None:
+            words += f", away from {self.negative!r}"
         return words + (", away from a worse model" if self.bad is not None else "")
 
 
@@ -74,7 +86,7 @@ class ClassifierFree:
 
     Args:
         denoiser: a denoiser whose condition was dropped in training.
-        null: the condition that means "none", (D,), owned by the conditioner.
+        null: the condition that means "none", (D,), owned by the conditioner; or that of a negative prompt.
         weight: w, one for all images or one per image (B,).
         guidance: where it acts, and how far x_0 is rescaled; its `bad` has no part in this.
     """

@@ -26,6 +26,7 @@ class Guidance(TypedDict):
 class SamplingGuidance(Guidance):
     """See conf/sample.yaml."""
 
+    negative: str | int | None
     bad: str | None
 
 

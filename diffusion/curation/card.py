@@ -174,6 +174,8 @@ def _overrides(run: Mapping[str, Any], count: int) -> Iterator[str]:
         yield f"guidance.weight={run['guidance_weight']}"
         yield f"guidance.interval={_value([math.inf if level is None else level for level in interval])}"
         yield f"guidance.rescale={run.get('guidance_rescale') or 0}"
+    if run.get("guidance_negative") is not None:
+        yield f"guidance.negative={_value(run['guidance_negative'])}"
     if run.get("sampler"):
         yield from _sampler(run["sampler"])
     if run.get("batch_size") is not None:
@@ -304,6 +306,7 @@ def _run_rows(run: Mapping[str, Any], frame: Any) -> Iterator[Sequence[object]]:
         "guidance weight": run.get("guidance_weight"),
         "guidance interval, sigma / alpha": run.get("guidance_interval"),
         "guidance rescale": run.get("guidance_rescale"),
+        "guidance away from": run.get("guidance_negative"),
         "guidance away from, sha256": run.get("guidance_bad_sha256"),
         "sampler": run.get("sampler"),
         "steps": run.get("steps"),

@@ -272,7 +272,8 @@ class Diffusion(Generator):
             raise AntherError("this model has no condition, so guidance.weight does not apply: leave it out.")
         if guidance != Guidance():
             raise AntherError(
-                "this model has no condition, so guidance.interval and guidance.rescale do not apply: leave them out."
+                "this model has no condition, so guidance.interval, guidance.rescale and guidance.negative do not "
+                "apply: leave them out."
             )
         return self.denoiser
 
@@ -395,6 +396,8 @@ class ClassifierFreeDiffusion(Diffusion):
         weight, guidance = self.weight if weight is None else weight, guidance or self.guidance
         if guidance.bad is not None:
             return AutoGuidance(self.denoiser, guidance.bad, weight, guidance)
+        if guidance.negative is not None:
+            return ClassifierFree(self.denoiser, self.sampling_condition([guidance.negative], 1)[0], weight, guidance)
         null = torch.cat([self.conditioner.null, torch.zeros(self.augment_dim)])
         return ClassifierFree(self.denoiser, null, weight, guidance)
 

@@ -441,6 +441,8 @@ def test_guidance_is_part_of_the_record(trained: Path, evaluated: Path, call: Ca
 
 def test_a_folder_keeps_to_its_settings(evaluated: Path, trained: Path, refused: Callable[..., str]) -> None:
     before = contents(evaluated)
+    said = refused("evaluate.py", f"ckpt={trained}", *QUICK, "guidance.negative=a white daisy", folder=evaluated)
+    assert "guidance_negative" in said
     said = refused("evaluate.py", f"ckpt={trained}", *QUICK, "guidance.weight=5", folder=evaluated)
     assert "guidance_weight" in said
     assert "hydra.run.dir" in said

@@ -120,6 +120,20 @@ def test_a_model_is_led_away_from_another_checkpoint(trained: Path, call: Call, 
     assert np.abs(drawn[1].astype(int) - np.asarray(Image.open(without / "images/00000.png"), dtype=int)).max() <= 1
 
 
+def test_a_negative_prompt_and_dynamic_thresholding_are_in_the_record(
+    trained: Path, call: Call, tmp_path: Path
+) -> None:
+    asked = [f"ckpt={trained}", "prompts=[a red rose]", "sampler.steps=3", "guidance.weight=2"]
+    ways = [["guidance.negative=a white daisy"], ["sampler.clip=0.9"], []]
+    folders = [call("sample.py", *asked, *more, folder=tmp_path / str(k)) for k, more in enumerate(ways)]
+    pictures = [np.asarray(Image.open(folder / "images/00000.png")) for folder in folders]
+    assert (pictures[0] != pictures[2]).any()
+    assert (pictures[1] != pictures[2]).any()
+    protocols = [json.loads((folder / "samples.json").read_text())["protocol"] for folder in folders]
+    assert [protocol.get("guidance_negative") for protocol in protocols] == ["a white daisy", None, None]
+    assert [protocol["sampler"]["clip"] for protocol in protocols] == [True, 0.9, True]
+
+
 def test_a_model_of_another_world_cannot_lead(trained: Path, refused: Callable[..., str], tmp_path: Path) -> None:
     import torch
 
@@ -143,6 +157,9 @@ def test_a_model_of_another_world_cannot_lead(trained: Path, refused: Callable[.
         (["prompts=[a red rose]", "sampler.eta=2"], "eta"),
         (["prompts=[a red rose]", "sampler=heun", "sampler.grid=even"], "trailing, logsnr, karras"),
         (["prompts=[a red rose]", "guidance.interval=[5,1]"], "guidance.interval"),
+        (["prompts=[a red rose]", "guidance.negative=a steam engine"], "steam"),
+        (["prompts=[a red rose]", "guidance.negative=''"], "guidance.negative"),
+        (["prompts=[a red rose]", "sampler.clip=2"], "sampler.clip"),
     ],
 )
 def test_bad_input(overrides: list[str], says: str, trained: Path, refused: Callable[..., str], tmp_path: Path) -> None:

@@ -266,6 +266,8 @@ PROMPTS = [
         ([], True),
         ([], False),
         (["guidance.interval=[0,inf]", "guidance.rescale=0", "embedding=null"], True),
+        (["guidance.weight=2", "guidance.negative=\"a white daisy, [3] and 'more'\""], True),
+        (["guidance.weight=2", "guidance.negative=3"], True),
         (["guidance.weight=-0.5", "guidance.interval=[0.3,inf]", "guidance.rescale=1e-5", "seed=7"], True),
         (["guidance.interval=[0.3,5]", "embedding.layer=down0", "embedding.form=flat", "embedding.when=clean"], True),
         (["embedding.when=trace", "embedding.steps=[0,2]", "batch_size=3", "trainer.precision=bf16-mixed"], False),

@@ -418,10 +418,40 @@ def test_any_model_may_be_led_away_from_a_worse_one(kind):
     assert not torch.allclose(image, module.sample(prompts, [5, 6], weight=0.0, guidance=led), atol=1e-4)
 
 
+def test_a_negative_prompt_is_in_the_place_of_the_missing_condition():
+    module, w, away = build(ClassifierFreeDiffusion), 1.5, "daisy"
+    image = module.sample(PROMPTS[:2], [5, 6], weight=w, guidance=Guidance(negative=away))
+
+    class ByHand:
+        """A doubled batch, as pipelines with a negative prompt have it; x_0 is affine in eps."""
+
+        schedule = module.denoiser.schedule
+
+        def __call__(self, x_t, t, cond):
+            both = torch.cat([cond, module.conditioner.encode([away]).expand(len(cond), -1)])
+            wanted, unwanted = module.denoiser(x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+            return (1 + w) * wanted - w * unwanted
+
+    rng = ImageRNG([5, 6])
+    expected = DDIM(3)(ByHand(), rng.randn((3, 8, 8)), rng, module.sampling_condition(PROMPTS[:2], 2))
+    torch.testing.assert_close(image, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(image, module.sample(PROMPTS[:2], [5, 6], weight=w), atol=1e-3)
+    # Away from what is wanted is nowhere.
+    same = module.sample([away], [5], weight=w, guidance=Guidance(negative=away))
+    torch.testing.assert_close(same, module.sample([away], [5], weight=0.0), rtol=1e-4, atol=1e-4)
+
+
 def test_guidance_that_cannot_be_is_refused():
     module = build()
-    with pytest.raises(AntherError, match=r"guidance.interval and guidance.rescale do not apply"):
-        module.sample(None, [0], guidance=Guidance(rescale=0.5))
+    for guidance in (Guidance(rescale=0.5), Guidance(negative="a daisy")):
+        with pytest.raises(
+            AntherError, match=r"guidance.interval, guidance.rescale and guidance.negative do not apply"
+        ):
+            module.sample(None, [0], guidance=guidance)
+    with pytest.raises(AntherError, match=r"guidance.negative holds no word"):
+        Guidance(negative=" ")
+    with pytest.raises(AntherError, match=r"leave one of them out"):
+        Guidance(bad=build().denoiser, negative="a daisy")
     with pytest.raises(AntherError, match=r"set guidance.weight beside guidance.bad"):
         module.sample(None, [0], guidance=Guidance(bad=build().denoiser))
     with pytest.raises(AntherError, match=r"0 <= low < high"):
