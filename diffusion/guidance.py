@@ -54,11 +54,14 @@ class Guidance:
             )
 
     def record(self) -> dict[str, Any]:
-        """Plain values for JSON: None for an interval or phi that changes nothing; the prompt only if there is one."""
+        """The interval, phi and the negative prompt as plain values for JSON; None where they change nothing."""
         everywhere = self.interval is None or tuple(self.interval) == (0, math.inf)
         interval = None if everywhere else [float(level) for level in self.interval or ()]
-        negative = {} if self.negative is None else {"guidance_negative": self.negative}
-        return {"guidance_interval": interval, "guidance_rescale": self.rescale or None, **negative}
+        return {
+            "guidance_interval": interval,
+            "guidance_rescale": self.rescale or None,
+            "guidance_negative": self.negative,
+        }
 
     def describe(self) -> str:
         """What follows the weight in a sentence; nothing where there is nothing to say."""

@@ -355,6 +355,7 @@ PAGE = """\
 {%- if run.get("guidance_weight") is not none %}, guidance weight w = {{ run["guidance_weight"] }}{% endif %}
 {%- if run.get("guidance_interval") %} at noise levels {{ run["guidance_interval"] | join(" to ") }}{% endif %}
 {%- if run.get("guidance_rescale") %}, rescaled by {{ run["guidance_rescale"] }}{% endif %}
+{%- if run.get("guidance_negative") %}, away from “{{ run["guidance_negative"] }}”{% endif %}
 {%- if run.get("guidance_bad_sha256") %}, away from a worse model{% endif %}
 {%- if run.get("steps") %}, {{ run["steps"] }} steps{% endif %}
 {%- if run.get("data") %}; data: {{ run["data"] }}{% endif %}

@@ -260,7 +260,8 @@ def _facts(subject: Subject, plan: Plan, made: Made, scorers: Scorers) -> dict[s
 def _caution(subject: Subject, plan: Plan, scorers: Scorers) -> str | None:
     """What a reader of the numbers must know: foreign weights under guidance, reals that are not those of training."""
     found: list[str] = []
-    if plan.model_config_sha256 is not None and plan.weight:
+    # A negative prompt needs no null condition.
+    if plan.model_config_sha256 is not None and plan.weight and plan.guidance.negative is None:
         found += filter(None, [subject.config.get("guided_elsewhere")])
     if others := scorers.other_splits:
         found.append(f"the data are not those of the training: other images in {', '.join(others)}")

@@ -169,8 +169,9 @@ def test_a_clip_trains_and_is_exported(tmp_path, cuda):
         lambda grid: DPMpp(4, False, grid=grid),
         lambda grid: DPMpp(4, True, "heun", grid=grid),
         lambda grid: DDPM(4, "beta") if grid == "trailing" else DDPM(None, "beta_prev"),
+        lambda grid: DDIM(4, clip=0.9, grid=grid),
     ],
-    ids=["ddim", "heun", "dpmpp", "sde", "ddpm"],
+    ids=["ddim", "heun", "dpmpp", "sde", "ddpm", "dynamic"],
 )
 def test_samplers_do_not_wait(cuda, sampler, grid):
     module, steps = diffusion("course").to(CUDA), []
@@ -184,8 +185,16 @@ def test_samplers_do_not_wait(cuda, sampler, grid):
 @pytest.mark.parametrize(("name", "bf16"), [("course", True), ("adm", False)])
 @pytest.mark.parametrize(
     ("weight", "guidance"),
-    [(2.0, {}), (0.0, {}), (-1.0, {}), (2.0, {"interval": (0.3, 5)}), (2.0, {"rescale": 0.7}), (1.5, {"bad": True})],
-    ids=["plain", "cond", "null", "interval", "rescale", "bad"],
+    [
+        (2.0, {}),
+        (0.0, {}),
+        (-1.0, {}),
+        (2.0, {"interval": (0.3, 5)}),
+        (2.0, {"rescale": 0.7}),
+        (2.0, {"negative": "b"}),
+        (1.5, {"bad": True}),
+    ],
+    ids=["plain", "cond", "null", "interval", "rescale", "negative", "bad"],
 )
 def test_guidance_does_not_wait(cuda, name, weight, guidance, bf16):
     module, worse = diffusion(name).to(CUDA), diffusion(name).to(CUDA)

@@ -437,6 +437,20 @@ def test_guidance_is_part_of_the_record(trained: Path, evaluated: Path, call: Ca
     # Where nothing is asked for, nothing is said: folders that were begun before these settings go on.
     before = json.loads((evaluated / "protocol.json").read_text())
     assert before["guidance_interval"] is before["guidance_rescale"] is before["guidance_bad_sha256"] is None
+    assert before["guidance_negative"] is None
+
+
+def test_a_negative_prompt_is_part_of_the_identity(
+    trained: Path, call: Call, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    quick = [f"ckpt={trained}", *QUICK, "nearest=null", "embedding=null", "num_images=2"]
+    folder = call("evaluate.py", *quick, "guidance.negative=a white daisy")
+    assert json.loads((folder / "protocol.json").read_text())["guidance_negative"] == "a white daisy"
+    assert "away from “a white daisy”" in (folder / "report.html").read_text()
+    for other in ([], ["guidance.negative=a red rose"]):
+        said = refused("evaluate.py", *quick, *other, folder=folder)
+        assert "guidance_negative = a white daisy there and" in said
+    call("evaluate.py", *quick, "guidance.negative=a white daisy", folder=folder)
 
 
 def test_a_folder_keeps_to_its_settings(evaluated: Path, trained: Path, refused: Callable[..., str]) -> None:

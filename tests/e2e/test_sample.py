@@ -130,7 +130,7 @@ def test_a_negative_prompt_and_dynamic_thresholding_are_in_the_record(
     assert (pictures[0] != pictures[2]).any()
     assert (pictures[1] != pictures[2]).any()
     protocols = [json.loads((folder / "samples.json").read_text())["protocol"] for folder in folders]
-    assert [protocol.get("guidance_negative") for protocol in protocols] == ["a white daisy", None, None]
+    assert [protocol["guidance_negative"] for protocol in protocols] == ["a white daisy", None, None]
     assert [protocol["sampler"]["clip"] for protocol in protocols] == [True, 0.9, True]
 
 
