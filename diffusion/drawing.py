@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffusion.build import build
 from diffusion.checkpoint import load_guidance, load_model
+from diffusion.editing import read_edit
 from diffusion.errors import AntherError
 from diffusion.evaluation.subject import described
 from diffusion.fabric import make_fabric
@@ -55,6 +56,13 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
         raise AntherError("this model draws in one call, and there is no way from noise to show: leave gif= out.")
     if model.sampler is None and any(word.lstrip("+").startswith("sampler") for word in config["overrides"]):
         raise AntherError("this model draws in one call and takes no sampler: leave sampler= out.")
+    given, mask = config["image"], config["mask"]
+    if given is not None and model.sampler is None:
+        raise AntherError("this model draws in one call and begins at no image: leave image= out.")
+    channels, side, _ = model.image_shape
+    edit = read_edit(given, mask, config["strength"], side, channels)
+    if edit is not None and edit.strength == 0 and config["gif"]:
+        raise AntherError("strength = 0 gives the image back, and there is no way to show: leave gif= out.")
     # sample.yaml always names a sampler, for all models; one that draws in one call has no use for it.
     node = None if model.sampler is None else config["sampler"]
     sampler: Sampler | None = None if node is None else build(node, "sampler")
@@ -72,7 +80,7 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
         rows = slice(start, start + size)
         with fabric.autocast():
             asked = None if texts is None else texts[rows]
-            drawn = model.sample(asked, seeds[rows], weight, sampler, trajectory, guidance)
+            drawn = model.sample(asked, seeds[rows], weight, sampler, trajectory, guidance, edit)
         images.append(drawn.float().cpu())
     seconds = time.perf_counter() - started
 
@@ -96,6 +104,11 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
         **guidance.record(),
         "guidance_bad": bad,
         "guidance_bad_sha256": None if bad is None else sha256(bad),
+        "image": given,
+        "image_sha256": None if given is None else sha256(given),
+        "strength": None if edit is None else edit.strength,
+        "mask": mask,
+        "mask_sha256": None if mask is None else sha256(mask),
     }
     with atomic(folder / "samples.json") as temporary:
         temporary.write_text(json.dumps({"protocol": protocol, "images": records}, indent=2) + "\n")

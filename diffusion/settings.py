@@ -54,6 +54,9 @@ class Sample(TypedDict):
     seed: int
     batch_size: int
     guidance: SamplingGuidance
+    image: str | None
+    mask: str | None
+    strength: float | None
     gif: bool
 
 

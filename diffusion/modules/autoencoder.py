@@ -9,6 +9,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Optimizer
 
 from diffusion.devices import upload
+from diffusion.editing import Edit
 from diffusion.errors import AntherError
 from diffusion.guidance import Guidance
 from diffusion.modules.epoch_mean import epoch_mean
@@ -204,10 +205,14 @@ class VariationalAutoencoder(Generator):
         sampler: Sampler | None = None,
         hook: Hook | None = None,
         guidance: Guidance | None = None,
+        edit: Edit | None = None,
     ) -> Tensor:
         self.check_request(prompts, len(seeds), None if weight is None else 0.0, guidance)
-        if sampler is not None or hook is not None:
-            raise AntherError("an autoencoder draws in one call: it takes no sampler, and there is no way to show.")
+        if sampler is not None or hook is not None or edit is not None:
+            raise AntherError(
+                "an autoencoder draws in one call: it takes no sampler and no image to draw anew, and there is no way "
+                "to show."
+            )
         return self.network.decode(ImageRNG(seeds).randn(self.network.latent_shape, self.device))
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from diffusion.conditioning.base import Conditioner
 from diffusion.denoiser import Denoiser, Predictor
 from diffusion.devices import upload
+from diffusion.editing import Edit
 from diffusion.errors import AntherError
 from diffusion.guidance import AutoGuidance, ClassifierFree, Guidance
 from diffusion.modules.epoch_mean import epoch_mean
@@ -309,15 +310,18 @@ class Diffusion(Generator):
         sampler: Sampler | None = None,
         hook: Hook | None = None,
         guidance: Guidance | None = None,
+        edit: Edit | None = None,
     ) -> Tensor:
         rng = ImageRNG(seeds)
         cond = self.sampling_condition(prompts, len(seeds))
         cond = None if cond is None else upload(cond, self.device)
-        x_1 = rng.randn(self.image_shape, self.device)
+        noise = rng.randn(self.image_shape, self.device)
+        x, start, project = (noise, 1.0, None) if edit is None else edit.begin(self.denoiser.schedule, noise)
         was_training = self.training
         self.eval()
         try:
-            images = (sampler or self.sampler)(self.predictor(weight, guidance), x_1, rng, cond, hook)
+            predictor = self.predictor(weight, guidance)
+            images = (sampler or self.sampler)(predictor, x, rng, cond, hook, start, project)
         finally:
             self.train(was_training)
         return images

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diffusion.conditioning.base import Conditioner
+from diffusion.editing import Edit
 from diffusion.errors import AntherError
 from diffusion.guidance import Guidance
 from diffusion.modules.base import Module
@@ -105,6 +106,7 @@ class Generator(Module, ABC):
         sampler: Sampler | None = None,
         hook: Hook | None = None,
         guidance: Guidance | None = None,
+        edit: Edit | None = None,
     ) -> Tensor:
         """Draws one image per seed; image k is a function of its seed, prompt and weight in any batch split.
 
@@ -115,6 +117,7 @@ class Generator(Module, ABC):
             sampler: instead of the model's own.
             hook: called after each step of the sampler.
             guidance: all about it but the weight; None takes the model's own.
+            edit: an image that is drawn anew; None draws from noise alone.
 
         Returns:
             (n, C, H, W), on the module's device; nominally in [-1, 1], not clamped.

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion.denoiser import Predictor
 from diffusion.errors import AntherError
 from diffusion.rng import ImageRNG
-from diffusion.samplers.grids import GRIDS
+from diffusion.samplers.grids import GRIDS, beginning_at
 from diffusion.schedules import Schedule
 
 
@@ -38,6 +38,8 @@ class Step(NamedTuple):
 
 
 Hook = Callable[[Step], None]
+Project = Callable[[Tensor, Tensor], Tensor]
+"""(x_s, s) -> x_s: what each step's image is held to."""
 
 
 class Sampler(ABC):
@@ -94,25 +96,36 @@ class Sampler(ABC):
 
     @torch.no_grad()
     def __call__(
-        self, denoiser: Predictor, x_1: Tensor, rng: ImageRNG, cond: Tensor | None = None, hook: Hook | None = None
+        self,
+        denoiser: Predictor,
+        x_1: Tensor,
+        rng: ImageRNG,
+        cond: Tensor | None = None,
+        hook: Hook | None = None,
+        start: float = 1.0,
+        project: Project | None = None,
     ) -> Tensor:
         """Draws images.
 
         Args:
             denoiser: E[x_0 | x_t], guided or not.
-            x_1: pure noise, (B, C, H, W).
+            x_1: pure noise, (B, C, H, W), or the image at time `start`.
             rng: noise for the steps, one stream per image.
             cond: conditions, (B, D).
             hook: called after each step, e.g. to record x_t and the expected x_0.
+            start: time at which the walk begins, in [0, 1]; of its times it takes those after it.
+            project: takes the place of each x_s, e.g. to hold a part of the image fixed.
 
         Returns:
             x_0, (B, C, H, W); not clamped unless `clip` is set.
         """
-        times = self.times(denoiser.schedule)
+        times = beginning_at(self.times(denoiser.schedule), start)
         conditioned = Conditioned(denoiser, cond, self.clip)
         x_t, before = x_1, None
         for index, (t, s) in enumerate(pairwise(times)):
             x_s, x_0 = self.step(conditioned, x_t, t, s, rng, before)
+            if project is not None:
+                x_s = project(x_s, s)
             before = Step(index, len(times) - 1, t.item(), s.item(), x_t, x_0, x_s)
             if hook is not None:
                 hook(before)

@@ -64,6 +64,21 @@ def time_of(schedule: Schedule, level: Tensor) -> Tensor:
     return high
 
 
+def beginning_at(times: Tensor, start: float) -> Tensor:
+    """The end of a walk: `start`, and the stops below it.
+
+    A first step shorter than half of the grid's own passes over its stop: a solver with a memory divides by its length.
+
+    Args:
+        times: of the whole walk, falling from 1 to 0.
+        start: in [0, 1]; 1 is the whole walk, 0 the image without a step.
+    """
+    left = times[times < start]
+    if len(left) > 1 and start - left[0] < (times[-len(left) - 1] - left[0]) / 2:
+        left = left[1:]
+    return torch.cat([times.new_tensor([start]), left])
+
+
 def _spaced(
     schedule: Schedule, n: int, to_level: Callable[[Tensor], Tensor], from_level: Callable[[Tensor], Tensor]
 ) -> Tensor:

@@ -21,6 +21,7 @@ from diffusion.conditioning.clip import Clip
 from diffusion.conditioning.labels import Labels
 from diffusion.conditioning.openclip import load_clip
 from diffusion.denoiser import Denoiser
+from diffusion.editing import Edit
 from diffusion.evaluation import inception
 from diffusion.evaluation.clip_score import ClipScore
 from diffusion.evaluation.embeddings import Embedding, sample_embedded
@@ -179,6 +180,15 @@ def test_samplers_do_not_wait(cuda, sampler, grid):
     images = module.sample(PROMPTS, [0, 1, 2], torch.tensor([0.0, 1.0, 2.0]), sampler(grid), steps.append)
     assert images.device == steps[0].x_0.device == CUDA
     assert images.shape == (3, 3, 8, 8)
+    assert (cuda.reads, cuda.waits) == ([], [])
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_editing_does_not_wait(cuda, strength):
+    module, drawn = diffusion("course").to(CUDA), torch.arange(8).expand(8, 8) >= 4
+    cuda.waits.clear()
+    images = module.sample(PROMPTS, [0, 1, 2], sampler=DDIM(4), edit=Edit(torch.zeros(3, 8, 8), strength, drawn))
+    assert images.device == CUDA
     assert (cuda.reads, cuda.waits) == ([], [])
 
 

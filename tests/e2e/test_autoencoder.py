@@ -56,6 +56,8 @@ def test_sample_draws_one_image_per_seed(vae: Path, call: Call, refused: Callabl
     for word in ("sampler=ddim", "sampler.steps=5"):
         assert "leave sampler= out" in refused("sample.py", f"ckpt={vae}", word, folder=folder / "other")
     assert "leave them out" in refused("sample.py", f"ckpt={vae}", "prompts=[a red rose]", folder=folder / "other")
+    image = f"image={folder / 'images/00000.png'}"
+    assert "leave image= out" in refused("sample.py", f"ckpt={vae}", image, folder=folder / "other")
 
 
 @pytest.mark.parametrize(("when", "layer", "width"), [("last", None, 256), ("clean", "fc_mu", 128)])

@@ -231,6 +231,22 @@ SAMPLE: list[tuple[list[str], list[str]]] = [
     ([*DRAW, "trainer.precision=8"], ["precision 8"]),
     ([*DRAW, "trainer.precision=bf16-true"], ["trainer.precision=bf16-true", "bf16-mixed"]),
     ([*DRAW, "model=flowers"], ["has its own config"]),
+    ([*DRAW, "image=nowhere.png"], ["no image at nowhere.png", "image="]),
+    ([*DRAW, "image={bad}"], ["no image at"]),
+    ([*DRAW, "image={bad}/text.csv"], ["text.csv cannot be read as an image", "image="]),
+    ([*DRAW, "image={bad}/bomb/roses/bomb.png"], ["bomb.png cannot be read as an image"]),
+    ([*DRAW, "image=5"], ["image = 5", "text"]),
+    ([*DRAW, "mask={bad}/white.png"], ["white.png is about an image", "set image="]),
+    ([*DRAW, "strength=0.5"], ["strength = 0.5 is about an image", "set image="]),
+    ([*DRAW, "image={bad}/white.png", "mask=nowhere.png"], ["no mask at nowhere.png", "mask="]),
+    ([*DRAW, "image={bad}/white.png", "mask={bad}/text.csv"], ["text.csv cannot be read as an image", "mask="]),
+    ([*DRAW, "image={bad}/white.png", "mask={bad}/wide.png"], ["12 x 8 pixels and the image 8 x 8", "image's size"]),
+    ([*DRAW, "image={bad}/white.png", "mask={bad}/black.png"], ["black all over", "make white"]),
+    ([*DRAW, "image={bad}/white.png", "strength=1.5"], ["strength lies in [0, 1], not at 1.5"]),
+    ([*DRAW, "image={bad}/white.png", "strength=-0.1"], ["strength lies in [0, 1], not at -0.1"]),
+    ([*DRAW, "image={bad}/white.png", "strength=nan"], ["strength = nan"]),
+    ([*DRAW, "image={bad}/white.png", "strength=much"], ["strength = 'much'", "a number"]),
+    ([*DRAW, "image={bad}/white.png", "strength=0", "gif=true"], ["strength = 0", "leave gif= out"]),
 ]
 EVALUATE: list[tuple[list[str], list[str]]] = [
     ([], ["ckpt is not set"]),
@@ -349,6 +365,9 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "cut.zip").write_bytes((folder / "cut.zip").read_bytes()[:2000])
     with zipfile.ZipFile(folder / "escape.zip", "w") as archive:
         archive.writestr("../../escaped.png", b"x")
+    Image.new("L", (8, 8), "white").save(folder / "white.png")
+    Image.new("L", (8, 8), "black").save(folder / "black.png")
+    Image.new("L", (12, 8), "white").save(folder / "wide.png")
     for name in ("daisy", "roses", "sunflowers"):
         (folder / "bomb" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(folder / "bomb" / name / "fine.png")

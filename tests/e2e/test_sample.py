@@ -1,6 +1,8 @@
 """sample.py as a person runs it."""
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from PIL import Image
 
 from diffusion.files import sha256
+from tests.e2e.conftest import ROOT
 
 Call = Callable[..., Path]
 
@@ -132,6 +135,48 @@ def test_a_negative_prompt_and_dynamic_thresholding_are_in_the_record(
     protocols = [json.loads((folder / "samples.json").read_text())["protocol"] for folder in folders]
     assert [protocol["guidance_negative"] for protocol in protocols] == ["a white daisy", None, None]
     assert [protocol["sampler"]["clip"] for protocol in protocols] == [True, 0.9, True]
+
+
+def test_the_readmes_commands_draw_an_image_anew_and_keep_what_they_should(
+    trained: Path, call: Call, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    photo = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    drawn = np.zeros((32, 32), bool)
+    drawn[8:20, 10:30] = True
+    Image.fromarray(drawn).save(tmp_path / "mask.png")
+    commands = re.findall(r"^python (sample\.py .*image=.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(commands) == 2
+    quick = ["sampler=dpmpp_sde", "sampler.steps=4", "seed=7"]
+
+    def run(command: str, name: str, *more: str) -> tuple[list[np.ndarray], dict[str, object]]:
+        at = command.replace("=photo.", f"={tmp_path}/photo.").replace("=mask.", f"={tmp_path}/mask.")
+        script, _, *words = shlex.split(at, comments=True)
+        folder = call(script, f"ckpt={trained}", *words, *quick, *more, folder=tmp_path / name)
+        pictures = [np.asarray(Image.open(path)) for path in sorted((folder / "images").iterdir())]
+        return pictures, json.loads((folder / "samples.json").read_text())["protocol"]
+
+    (whole, other), told = run(commands[0], "whole", "num_images=2", "gif=true")
+    assert (whole != photo).any()
+    assert (whole != other).any()
+    assert getattr(Image.open(tmp_path / "whole" / "trajectory.gif"), "n_frames", 1) > 2
+    assert told["image"] == f"{tmp_path}/photo.png"
+    assert told["image_sha256"] == sha256(tmp_path / "photo.png")
+    assert (told["strength"], told["mask"], told["mask_sha256"]) == (0.6, None, None)
+
+    (painted,), told = run(commands[1], "painted")
+    assert (painted[~drawn] == photo[~drawn]).all()
+    assert (painted[drawn] != photo[drawn]).mean() > 0.5
+    assert (told["strength"], told["mask_sha256"]) == (1, sha256(tmp_path / "mask.png"))
+
+    (back,), _ = run(commands[0], "back", "strength=0")
+    assert (back == photo).all()
+    (fresh,), _ = run(commands[0], "fresh", "strength=1")
+    without = call("sample.py", f"ckpt={trained}", "prompts=[a red rose]", *quick, folder=tmp_path / "without")
+    assert (fresh == np.asarray(Image.open(without / "images/00000.png"))).all()
+    protocol = json.loads((without / "samples.json").read_text())["protocol"]
+    assert [protocol[name] for name in ("image", "image_sha256", "strength", "mask", "mask_sha256")] == [None] * 5
 
 
 def test_a_model_of_another_world_cannot_lead(trained: Path, refused: Callable[..., str], tmp_path: Path) -> None:
