@@ -256,6 +256,28 @@ def test_defaults_are_the_plain_guidance_to_the_bit():
         assert torch.equal(ClassifierFree(denoiser, torch.zeros(1), 2.0, guidance)(x_t, t, cond), plain)
 
 
+@pytest.mark.parametrize("w", [0.0, 0.5, 6.5, 14.0])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_negative_prompt_is_the_doubled_batch_of_stable_diffusion(target, w):
+    x_t, t, cond = inputs()
+    network, negative = Plain(), torch.tensor([-0.7], dtype=torch.float64)
+    both = network(torch.cat([x_t] * 2), torch.cat([t] * 2), torch.cat([negative.expand_as(cond), cond]))
+    away, towards = both.chunk(2)
+    output = away + (1 + w) * (towards - away)
+    abar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64), 0)[(t * T).round().long() - 1]
+    a, s = abar.sqrt().view(-1, 1, 1, 1), (1 - abar).sqrt().view(-1, 1, 1, 1)
+    expected = {
+        "eps": (x_t - s * output) / a,
+        "x0": output,
+        "v": a * x_t - s * output,
+        "flow": (x_t - s * output) / (a + s),
+    }[target]
+    network.calls.clear()
+    guided = ClassifierFree(Denoiser(network, Linear(T), target), negative, w)(x_t, t, cond)
+    torch.testing.assert_close(guided, expected, rtol=1e-9, atol=1e-11)
+    assert network.calls == [8 if w else 4]
+
+
 def test_autoguidance_leads_away_from_the_worse_model():
     class Worse(Plain):
         def forward(self, x_t, t, cond):
@@ -294,11 +316,13 @@ def test_what_is_no_share_is_refused(phi):
 
 
 def test_the_record_is_plain_and_says_nothing_of_defaults():
-    nothing = {"guidance_interval": None, "guidance_rescale": None}
+    nothing = {"guidance_interval": None, "guidance_rescale": None, "guidance_negative": None}
     assert Guidance().record() == Guidance([0, math.inf], 0).record() == nothing
-    assert json.loads(json.dumps(Guidance((1, 5), 0.7).record())) == {
+    assert json.loads(json.dumps(Guidance((1, 5), 0.7, negative="a rose").record())) == {
         "guidance_interval": [1.0, 5.0],
         "guidance_rescale": 0.7,
+        "guidance_negative": "a rose",
     }
     assert Guidance().describe() == ""
     assert Guidance((0.3, 5), 0.7).describe() == " where 0.3 < sigma / alpha <= 5, rescaled by phi = 0.7"
+    assert Guidance(negative="a rose").describe() == ", away from 'a rose'"

@@ -72,6 +72,22 @@ def test_p2_is_the_published_weight_of_the_error_in_eps_whatever_is_predicted(sc
     torch.testing.assert_close(P2(gamma, k)(alpha, sigma, target) * error**2, expected, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_p2_on_eps_is_the_published_formula_and_grows_with_the_noise(gamma):
+    alpha, sigma = levels(Linear(T))
+    weight = P2(gamma)(alpha, sigma, "eps").numpy()
+    np.testing.assert_allclose(weight, (1 + alpha.numpy() ** 2 / sigma.numpy() ** 2) ** -gamma, rtol=1e-12)
+    assert (np.diff(weight) > 0).all()
+    assert 0 < weight[0] < weight[-1] < 1
+
+
+def test_p2_in_closed_form_where_the_variance_is_kept():
+    alpha, sigma = levels(ZeroTerminalSNR(Linear(T)))
+    expected = {"eps": sigma**2, "x0": alpha**2, "v": (alpha * sigma) ** 2}
+    for target, weight in expected.items():
+        torch.testing.assert_close(P2()(alpha, sigma, target), weight, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(("gamma", "k"), [(-1.0, 1.0), (1.0, 0.0)])
 def test_p2_has_ranges(gamma, k):
     with pytest.raises(AntherError, match=r"weighting\.gamma.*weighting\.k"):

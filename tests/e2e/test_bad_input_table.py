@@ -128,6 +128,7 @@ TRAIN: list[tuple[list[str], list[str]]] = [
     ([*TINY, "sampler.steps=0"], ["steps"]),
     ([*TINY, "sampler.eta=2"], ["eta", "[0, 1]"]),
     ([*TINY, "weighting=min_snr", "weighting.gamma=-1"], ["gamma"]),
+    ([*TINY, "weighting=p2", "weighting.k=0"], ["weighting.k"]),
     ([*TINY, "callbacks=default", "callbacks.ema.decay=1.5"], ["callbacks.ema.decay", "1.5"]),
     ([*TINY, "callbacks=default", "callbacks.samples.every_n_epochs=0"],
      ["callbacks.samples.every_n_epochs = 0", "1 or more", "callbacks.samples=null"]),

@@ -441,8 +441,24 @@ def test_a_negative_prompt_is_in_the_place_of_the_missing_condition():
     torch.testing.assert_close(same, module.sample([away], [5], weight=0.0), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("settings", [{}, {"interval": (0.1, 1.0)}, {"rescale": 0.7}])
+@pytest.mark.parametrize("augment_dim", [0, 2])
+def test_away_from_nothing_is_classifier_free_guidance_to_the_bit(monkeypatch, augment_dim, settings):
+    module = build(ClassifierFreeDiffusion, 3 + augment_dim, augment_dim=augment_dim)
+    plain = module.sample(PROMPTS[:2], [5, 6], 1.5, guidance=Guidance(**settings))
+    unguided = module.sample(PROMPTS[:2], [5, 6], 0.0)
+    away = Guidance(**settings, negative="a tulip")
+    assert not torch.allclose(module.sample(PROMPTS[:2], [5, 6], 1.5, guidance=away), plain, atol=1e-4)
+    assert torch.equal(module.sample(PROMPTS[:2], [5, 6], 0.0, guidance=away), unguided)
+    encode = module.conditioner.encode
+    monkeypatch.setattr(module.conditioner, "encode", lambda p: encode(p) * (0 if p == ["a tulip"] else 1))
+    assert torch.equal(module.sample(PROMPTS[:2], [5, 6], 1.5, guidance=away), plain)
+
+
 def test_guidance_that_cannot_be_is_refused():
     module = build()
+    with pytest.raises(AntherError, match=r'"a fern" names no class'):
+        build(ClassifierFreeDiffusion).check_request(PROMPTS[:1], 1, None, Guidance(negative="a fern"))
     for guidance in (Guidance(rescale=0.5), Guidance(negative="a daisy")):
         with pytest.raises(
             AntherError, match=r"guidance.interval, guidance.rescale and guidance.negative do not apply"

@@ -203,6 +203,23 @@ def test_dynamic_thresholding_is_that_of_diffusers(share):
     assert not torch.allclose(walk[-1].x_s, plain[-1].x_s, atol=1e-3)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.995, 0.9999])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_threshold_is_that_of_diffusers_for_each_image(share, autocast):
+    rng = torch.Generator().manual_seed(0)
+    x_0 = torch.randn(5, 3, 8, 8, generator=rng) * torch.tensor([0.1, 0.5, 1.0, 3.0, 40.0]).view(-1, 1, 1, 1)
+    options = {"thresholding": True, "dynamic_thresholding_ratio": share, "sample_max_value": 1e9}
+    denoiser = Denoiser(Network(Linear(100), "x0"), Linear(100), "x0")
+    denoiser.network.forward = lambda x_t, *_: x_t
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        mine = Conditioned(denoiser, None, share)(x_0, torch.ones(()))
+    assert mine.dtype == torch.float32
+    torch.testing.assert_close(mine, DDPMScheduler(100, **options)._threshold_sample(x_0), rtol=1e-6, atol=1e-6)
+    assert mine.abs().amax((1, 2, 3)).max() <= 1
+    for k in range(5):
+        assert torch.equal(Conditioned(denoiser, None, share)(x_0[k : k + 1], torch.ones(()))[0], mine[k])
+
+
 def test_an_image_within_its_range_is_not_thresholded():
     x_0 = torch.tensor([0.3, -0.9, 1.0, 0.1]).view(1, 1, 2, 2)
     denoiser = Denoiser(Network(Linear(100), "x0"), Linear(100), "x0")
