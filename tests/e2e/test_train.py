@@ -227,7 +227,7 @@ def test_another_schedule_begins_anew_from_a_checkpoint(call: Call, tmp_path: Pa
 def test_a_folder_goes_on_with_what_it_trains_and_with_other_limits(
     call: Call, refused: Callable[..., str], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    quick = [*TINY, "callbacks=fit"]
+    quick = [*TINY, "callbacks=fit", "schedule=cosine"]
     folder = call("train.py", *quick, "trainer.max_steps=2")
     last = folder / "checkpoints" / "last.ckpt"
     before = last.read_bytes()
