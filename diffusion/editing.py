@@ -67,7 +67,10 @@ class Edit:
                 f"strength lies in [0, 1], not at {self.strength}: 0 gives the image back, 1 starts from noise."
             )
         if self.drawn is not None and not self.drawn.any():
-            raise AntherError("the mask is black all over, and black is kept: make white what is to be drawn anew.")
+            raise AntherError(
+                "the mask, fitted to the model, is black all over, and black is kept: make white what is to be drawn "
+                "anew."
+            )
 
     def begin(self, schedule: Schedule, noise: Tensor) -> tuple[Tensor, float, Project | None]:
         """What a sampler needs to know.
@@ -78,7 +81,15 @@ class Edit:
 
         Returns:
             The images at t = strength, (B, C, H, W), that time, and what the walk is held to, None without a mask.
+
+        Raises:
+            AntherError: a strength above 0 and below 1 / T, where no network was trained.
         """
+        if 0 < self.strength < 1 / schedule.T:
+            raise AntherError(
+                f"strength = {self.strength} is less than 1 / {schedule.T}, the first step of the model's schedule: "
+                "set more, or 0, which gives the image back."
+            )
         t = torch.tensor(self.strength, dtype=torch.float64)
         image = upload(self.image, noise.device, noise.dtype)
         x_t = noise if self.strength == 1 else diffuse(schedule, image, t, noise)

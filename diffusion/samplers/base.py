@@ -19,7 +19,7 @@ class Step(NamedTuple):
     """What a hook is shown after each step.
 
     Attributes:
-        number: 0 for the step that starts at t = 1.
+        number: 0 for the first step.
         steps: how many there are.
         t: time before the step.
         s: time after it, s < t.
@@ -43,7 +43,7 @@ Project = Callable[[Tensor, Tensor], Tensor]
 
 
 class Sampler(ABC):
-    """Walks from x_1, pure noise, to x_0.
+    """Walks from x_1, pure noise, to x_0, or from an image on the way.
 
     Args:
         steps: number of steps; None takes every step of the schedule.

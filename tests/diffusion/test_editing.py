@@ -231,6 +231,16 @@ def test_a_strength_that_is_no_time_is_refused(strength):
         Edit(torch.zeros(3, 8, 8), strength)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_a_strength_below_the_schedules_first_step_is_refused_and_that_step_is_drawn(sampler):
+    made, image = model(sampler), from_uint8(pixels())
+    for strength in (1e-9, 1e-3, 1 / T - 1e-9):
+        with pytest.raises(AntherError, match=f"less than 1 / {T}, .* or 0, which gives the image back"):
+            made.sample(None, SEEDS, edit=Edit(image, strength))
+    images = made.sample(None, SEEDS, edit=Edit(image, 1 / T))
+    assert 0 < (images - image).abs().max() < 0.1
+
+
 def test_a_mask_that_leaves_nothing_to_draw_is_refused():
     with pytest.raises(AntherError, match="black all over"):
         Edit(torch.zeros(3, 8, 8), 1.0, torch.zeros(8, 8, dtype=torch.bool))

@@ -245,6 +245,7 @@ SAMPLE: list[tuple[list[str], list[str]]] = [
     ([*DRAW, "image={bad}/white.png", "mask={bad}/black.png"], ["black all over", "make white"]),
     ([*DRAW, "image={bad}/white.png", "strength=1.5"], ["strength lies in [0, 1], not at 1.5"]),
     ([*DRAW, "image={bad}/white.png", "strength=-0.1"], ["strength lies in [0, 1], not at -0.1"]),
+    ([*DRAW, "image={bad}/white.png", "strength=1e-9"], ["strength = 1e-09 is less than 1 / ", "or 0"]),
     ([*DRAW, "image={bad}/white.png", "strength=nan"], ["strength = nan"]),
     ([*DRAW, "image={bad}/white.png", "strength=much"], ["strength = 'much'", "a number"]),
     ([*DRAW, "image={bad}/white.png", "strength=0", "gif=true"], ["strength = 0", "leave gif= out"]),
