@@ -88,9 +88,16 @@ def draw(config: Mapping[str, Any], folder: Path) -> None:
     check_finite(every, [str(seed) for seed in seeds])
     columns = per_prompt if texts is not None and per_prompt > 1 else max(1, round(count**0.5))
     captions = texts if texts is not None else [f"seed {seed}" for seed in seeds]
+    shown, below, across = list(every), list(captions), columns
+    if edit is not None:
+        # Each row begins with what its images were drawn from.
+        for start in reversed(range(0, count, columns)):
+            shown.insert(start, edit.image)
+            below.insert(start, "image")
+        across += 1
     _clear(folder)
     with atomic(folder / "grid.png") as temporary:
-        sheet(every, captions, columns).save(temporary, format="PNG")
+        sheet(torch.stack(shown), below, across).save(temporary, format="PNG")
     records = []
     for k, image in enumerate(every):
         name = f"images/{k:05d}.png"

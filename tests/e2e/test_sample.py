@@ -157,9 +157,16 @@ def test_the_readmes_commands_draw_an_image_anew_and_keep_what_they_should(
         pictures = [np.asarray(Image.open(path)) for path in sorted((folder / "images").iterdir())]
         return pictures, json.loads((folder / "samples.json").read_text())["protocol"]
 
-    (whole, other), told = run(commands[0], "whole", "num_images=2", "gif=true")
+    words = ["num_images=2", "prompts=[a red rose, a white daisy]", "gif=true"]
+    (whole, other, *more), told = run(commands[0], "whole", *words)
     assert (whole != photo).any()
     assert (whole != other).any()
+    # Each row of the sheet is the photo and a prompt's two images; a pixel is 4 wide and high, a gap 6.
+    sheet = np.asarray(Image.open(tmp_path / "whole" / "grid.png"))
+    assert sheet.shape[1] == 3 * 134 + 6
+    for top, row in zip((6, sheet.shape[0] // 2 + 3), ((whole, other), more), strict=True):
+        for k, picture in enumerate((photo, *row)):
+            assert (sheet[top : top + 128 : 4, 6 + k * 134 :][:, :128:4] == picture).all()
     assert getattr(Image.open(tmp_path / "whole" / "trajectory.gif"), "n_frames", 1) > 2
     assert told["image"] == f"{tmp_path}/photo.png"
     assert told["image_sha256"] == sha256(tmp_path / "photo.png")
